@@ -1,0 +1,95 @@
+"""`consilium-site`: the hospital's command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from common.command_line import run
+
+if TYPE_CHECKING:
+    from client.data.checks import SiteReport
+
+app = typer.Typer(no_args_is_help=True, help="Consilium at a hospital: its data stays here.")
+data = typer.Typer(no_args_is_help=True, help="The hospital's images.")
+app.add_typer(data, name="data")
+
+
+@data.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="The site's folder, with site.yaml.")],
+    plan: Annotated[Path | None, typer.Option(help="A study plan (YAML) that the images must fit.")] = None,
+    site: Annotated[str | None, typer.Option(help="The site's name in the plan, if not that of site.yaml.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Count the images and name every problem with file and line. Exit code 2 if there is one."""
+    from client.data.checks import check_site
+    from common.plan import load_plan
+
+    report = check_site(folder, load_plan(plan) if plan else None, site=site)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=2))
+    else:
+        _show(report)
+    raise typer.Exit(0 if report.fit else 2)
+
+
+def _show(report: SiteReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("label", "split", "patients", "images", title=f"{report.site} ({report.folder})")
+    for count in report.counts:
+        table.add_row(count.label, count.split, str(count.patients), str(count.images))
+    fewest, mean, most = report.images_per_patient
+    if report.counts:
+        Console(highlight=False, markup=False, emoji=False).print(table)
+    typer.echo(
+        f"{report.images} images of {report.patients} patients ({report.training_patients} train); "
+        f"{fewest} to {most} images per patient, mean {mean:g}; {report.masks} with a mask"
+    )
+    for note in report.notes:
+        typer.secho(f"note: {note}", fg=typer.colors.YELLOW)
+    for problem in report.problems:
+        typer.secho(str(problem), fg=typer.colors.RED, err=True)
+    if report.fit:
+        typer.secho("fit for use", fg=typer.colors.GREEN)
+    else:
+        typer.secho(f"not fit for use: problems found: {len(report.problems)}", fg=typer.colors.RED, err=True)
+
+
+@app.command()
+def privacy(
+    folder: Annotated[Path, typer.Argument(help="The site's folder, or the state folder with its ledger.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """What the patients' privacy budget was spent on. Exit code 1 if the ledger is missing or was changed."""
+    from client.ledger import FILE, Ledger
+    from client.site import load_site_config
+
+    state = folder if (folder / FILE).exists() else folder / load_site_config(folder).state
+    ledger = Ledger.existing(state)
+    charges, spent, terms = ledger.charges(), ledger.spent(), ledger.terms
+    if as_json:
+        rows = [dataclasses.asdict(charge) for charge in charges]
+        typer.echo(json.dumps({"terms": dataclasses.asdict(terms), "spent": spent, "charges": rows}, indent=2))
+        return
+    rounds: dict[str, list[int]] = {}
+    for charge in charges:
+        rounds.setdefault(charge.study, []).append(charge.round)
+    for study, numbers in rounds.items():
+        typer.echo(f"study {study[:12]}: {len(numbers)} rounds charged, {min(numbers)} to {max(numbers)}")
+    typer.echo(f"epsilon {spent:.3f} of {terms.epsilon:g} is spent at delta {terms.delta:.3g}; the unit is the patient")
+
+
+def main() -> None:
+    """The console script."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

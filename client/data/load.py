@@ -1,0 +1,60 @@
+"""From a site's folder to SiteData: every row fitted to the plan, or every problem at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from client.data.dataset import SiteData
+from client.data.intake import Target, count_problems, fit_rows, plan_target, read_rows
+from client.data.rows import Row, refuse
+from client.site import SiteConfig, load_site_config
+from common.errors import Problem
+from common.plan import StudyPlan
+
+
+def load_site(folder: Path, plan: StudyPlan, *, site: str | None = None) -> SiteData:
+    """The images of the site in `folder`, ready for the plan; `site` is its name in the plan, if not site.yaml's.
+
+    Raises DataError with all problems of the folder (the first 20 and their number).
+    """
+    config = load_site_config(folder)
+    name = site or config.name
+    return _load(folder, config, name, plan_target(folder, plan, name))
+
+
+def load_images(
+    folder: Path, *, image_size: int, channels: int, labels: tuple[str, ...] | None = None, site: str | None = None
+) -> SiteData:
+    """The same for images of no plan: the lab's public ones.
+
+    Raises DataError like `load_site`.
+    """
+    config = load_site_config(folder)
+    return _load(folder, config, site or config.name, Target(image_size, channels, labels))
+
+
+def _load(folder: Path, config: SiteConfig, name: str, target: Target) -> SiteData:
+    problems: list[Problem] = []
+    rows = list(fit_rows(read_rows(folder, config, problems), target, problems))
+    training = {row.patient for row in rows if row.split == "train"}
+    refuse(problems or count_problems(folder, len(rows), len(training), target))
+    return _stack(name, rows, target.labels or tuple(sorted({row.label for row in rows})))
+
+
+def _stack(name: str, rows: list[Row], labels: tuple[str, ...]) -> SiteData:
+    patient_ids = tuple(sorted({row.patient for row in rows}))
+    number = {patient: index for index, patient in enumerate(patient_ids)}
+    masks = [row.mask for row in rows if row.mask is not None]
+    return SiteData(
+        site=name,
+        images=torch.from_numpy(np.stack([row.pixels for row in rows])),
+        labels=torch.tensor([labels.index(row.label) for row in rows]),
+        patients=torch.tensor([number[row.patient] for row in rows]),
+        label_names=labels,
+        patient_ids=patient_ids,
+        split=tuple(row.split for row in rows),
+        masks=torch.from_numpy(np.stack(masks)) if masks else None,
+    )

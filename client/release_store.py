@@ -1,0 +1,55 @@
+"""What a site released, round by round, so that a lost reply is sent again and never computed twice.
+
+A release and the head that stays at the site are one file: both are there after a crash, or neither.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.params import Params, to_arrays, to_tensors
+from common.records import SiteReply
+
+_UPDATE, _HEAD = "update/", "head/"
+
+
+@dataclass(frozen=True)
+class ReleaseStore:
+    """Releases of one study (plan digest) under one site's state folder."""
+
+    folder: Path
+
+    def store(self, reply: SiteReply, head: Params) -> None:
+        """Write a release before it is sent."""
+        tensors = {_UPDATE + name: value for name, value in to_tensors(reply.update).items()}
+        tensors |= {_HEAD + name: value for name, value in head.items()}
+        scalars = {f.name: getattr(reply, f.name) for f in fields(reply) if f.name != "update"}
+        save_checkpoint(self._file(reply.round), tensors, {"reply": json.dumps(scalars)})
+
+    def load(self, round: int) -> SiteReply | None:
+        """The stored release of a round, or None if there is none.
+
+        Raises CheckpointError if it is there and broken.
+        """
+        if not self._file(round).exists():
+            return None
+        tensors, metadata = load_checkpoint(self._file(round), None)
+        return SiteReply(**json.loads(metadata["reply"]), update=to_arrays(_under(_UPDATE, tensors)))
+
+    def head_before(self, round: int) -> Params | None:
+        """The head that the last release before `round` left at the site, or None."""
+        earlier = [r for r in range(round - 1, 0, -1) if self._file(r).exists()]
+        if not earlier:
+            return None
+        tensors, _ = load_checkpoint(self._file(earlier[0]), None)
+        return _under(_HEAD, tensors)
+
+    def _file(self, round: int) -> Path:
+        return self.folder / f"round-{round:05d}.safetensors"
+
+
+def _under(prefix: str, tensors: Params) -> Params:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

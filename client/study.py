@@ -1,0 +1,156 @@
+"""A study at one site, opened and warm: the plan, the network, the patients, the ledger and the releases."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from client.data.load import load_site
+from client.grant import Grant
+from client.ledger import Ledger, Terms
+from client.private_data import Mechanism, Patients, PrivateDataset, Unprotected
+from client.release_store import ReleaseStore
+from client.site import SiteConfig
+from common.accounting import Event, PrivacyCost, plan_cost, queries_per_round
+from common.algorithms import ALGORITHMS
+from common.errors import BadInstruction, DataError, SiteUnfit
+from common.models import build_model, head_names, parameters, shared_names
+from common.params import Arrays, Params, digest, select, to_arrays, to_tensors, zeros_like
+from common.plan import StudyPlan
+from common.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the private queries of one round yield: all of it is charged, only the head stays."""
+
+    update: Arrays
+    accuracy: float  # nan if the plan asks for none
+    head: Params
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a worker keeps between the rounds of a study."""
+
+    site: str
+    plan: StudyPlan
+    initial_digest: str
+    patients: Patients
+    shared: Params  # names and shapes that travel
+    head: Params  # a zero head; empty if the plan shares it
+    mechanism: Mechanism | Unprotected
+    event: Event | None  # what one round is charged; None if nothing is asked or there is no privacy
+    ledger: Ledger | None
+    releases: ReleaseStore
+
+    def require_fit(self, shared: Arrays) -> None:
+        """Raise BadInstruction unless `shared` has the names and shapes that travel, all finite."""
+        _require_fit(shared, self.shared)
+
+    def charge(self, round: int) -> Grant:
+        """Spend the budget of one round; without privacy, leave to ask as many queries as the plan has."""
+        if self.ledger is None or self.event is None:
+            return Grant(queries_per_round(self.plan))
+        return self.ledger.charge(study=self.plan.digest, round=round, event=self.event)
+
+    def query(self, round: int, shared: Arrays, grant: Grant) -> Outcome:
+        """The algorithm over private queries, and the monitor's own query where the plan asks for it."""
+        algorithm = ALGORITHMS[self.plan.algorithm.name]
+        private = PrivateDataset(self.patients, self._mechanism(round), grant)
+        start = to_tensors(shared)
+        head = (self.releases.head_before(round) if algorithm.keeps_head else None) or self.head
+        local = algorithm.local_update(start, head, private, self.plan.algorithm)
+        accuracy = math.nan
+        if grant.left:
+            adapted = {name: value + local.update[name] for name, value in start.items()}
+            accuracy = private.score(adapted | local.head)
+        return Outcome(update=to_arrays(local.update), accuracy=accuracy, head=local.head)
+
+    def _mechanism(self, round: int) -> Mechanism | Unprotected:
+        if isinstance(self.mechanism, Mechanism):
+            return self.mechanism
+        seed = hashlib.sha256(f"{self.plan.digest}/{self.site}/{round}".encode()).digest()
+        return Unprotected(
+            sample_rate=self.mechanism.sample_rate,
+            max_images=self.mechanism.max_images,
+            seed=int.from_bytes(seed[:4], "big"),
+        )
+
+
+def open_study(folder: Path, state: Path, config: SiteConfig, plan: StudyPlan, initial: Arrays) -> Study:
+    """Load the site's data for `plan` and check that everything fits together.
+
+    Raises SiteUnfit for data that does not fit the plan, BadInstruction for parameters that do not fit its network,
+    LedgerDamaged.
+    """
+    try:
+        data = load_site(folder, plan, site=config.name).of_split("train")
+    except DataError as error:
+        raise SiteUnfit(str(error)) from None
+    network = build_model(plan.model, plan.task, ways=data.ways)
+    template = parameters(network)
+    head, cost = head_names(network, plan.model), plan_cost(plan, config.name)
+    _require_fit(initial, {name: value for name, value in template.items() if name not in head})
+    network.load_state_dict(template | to_tensors(initial))
+    return Study(
+        site=config.name,
+        plan=plan,
+        initial_digest=digest(initial),
+        patients=Patients(data, network, TASKS[plan.task.kind], device=_device(config.device)),
+        shared=select(template, shared_names(network, plan.model)),
+        head=zeros_like(select(template, head)),
+        mechanism=_mechanism(plan, cost),
+        event=_event(plan, cost),
+        ledger=_ledger(state, config, plan),
+        releases=ReleaseStore(state / "releases" / plan.digest),
+    )
+
+
+def _device(wanted: str) -> str:
+    """cpu or cuda; 'auto' takes the GPU where there is one. Raises SiteUnfit if a GPU is asked for and absent."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise SiteUnfit("site.yaml asks for device cuda, and torch finds no GPU: set device: cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _mechanism(plan: StudyPlan, cost: PrivacyCost | None) -> Mechanism | Unprotected:
+    if plan.privacy is None or cost is None:
+        return Unprotected(
+            sample_rate=plan.sampling.sample_rate, max_images=plan.sampling.max_images_per_patient, seed=0
+        )
+    return Mechanism(
+        sample_rate=cost.sample_rate,
+        noise_multiplier=cost.noise_multiplier,
+        clip=plan.privacy.clip,
+        batch=cost.expected_batch,
+        max_images=plan.sampling.max_images_per_patient,
+        head_scale=plan.privacy.head_scale,
+    )
+
+
+def _event(plan: StudyPlan, cost: PrivacyCost | None) -> Event | None:
+    queries = queries_per_round(plan)
+    if cost is None or queries == 0:
+        return None
+    return Event(cost.sample_rate, cost.noise_multiplier, queries)
+
+
+def _ledger(state: Path, config: SiteConfig, plan: StudyPlan) -> Ledger | None:
+    """The hospital's ledger under the hospital's own budget; none is needed without privacy."""
+    if plan.privacy is None:
+        return None
+    return Ledger.open(state, Terms(epsilon=config.budget.epsilon, delta=config.budget.delta))
+
+
+def _require_fit(arrays: Arrays, template: Params) -> None:
+    if arrays.keys() != template.keys():
+        raise BadInstruction(f"parameter names differ: {sorted(arrays.keys() ^ template.keys())[:5]}")
+    for name, value in arrays.items():
+        if value.shape != tuple(template[name].shape) or not np.isfinite(value).all():
+            raise BadInstruction(f"parameter {name} has the shape {value.shape} or is not finite")

@@ -1,0 +1,218 @@
+"""What a study costs a patient: epsilon of a list of private queries, and the noise that a budget needs.
+
+Every private query is one Poisson-subsampled Gaussian at patient level: each patient joins with probability q, and
+the noise's std is z times the sensitivity. PLD (Koskela 2020, Doroshenko 2022) is the reference and RDP (Mironov 2019,
+arXiv:1908.10530) the cross-check; both are upper bounds. Adjacency is zero-out with a public N: a patient's records
+contribute nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from common.errors import PlanError, Problem
+from common.plan import PrivacySpec, StudyPlan
+
+_DISCRETISATION = 1e-3  # of the privacy loss
+_HOPELESS = 100.0  # an RDP epsilon above this is returned as it is: PLD takes minutes there, and nothing is promised
+_RDP_ORDERS = (*(1 + x / 10 for x in range(10, 99)), *range(11, 64), 128, 256, 512, 1024)  # below 2 few converge
+_LEAST_NOISE, _MOST_NOISE = 100, 10_000_000  # thousandths: where a noise multiplier is looked for
+
+
+@dataclass(frozen=True)
+class Event:
+    """`count` Poisson-subsampled Gaussian queries with one rate and one noise."""
+
+    sample_rate: float  # q in (0, 1]
+    noise_multiplier: float  # z > 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sample_rate <= 1:
+            raise ValueError(f"sample_rate is {self.sample_rate}; it must lie in (0, 1]")
+        if not self.noise_multiplier > 0:
+            raise ValueError(f"noise_multiplier is {self.noise_multiplier}; it must be above 0")
+        if self.count < 0:
+            raise ValueError(f"count is {self.count}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class PrivacyCost:
+    """What a whole study costs each patient of one site."""
+
+    site: str
+    patients: int  # N, declared and public
+    delta: float
+    sample_rate: float  # q
+    noise_multiplier: float  # z; inf if nothing is asked
+    queries: int  # over all rounds
+    epsilon: float  # by PLD
+    epsilon_rdp: float  # by RDP, the looser cross-check
+
+    @property
+    def expected_batch(self) -> float:
+        """B = q * N, the public constant by which every private sum is divided."""
+        return self.sample_rate * self.patients
+
+
+def epsilon(events: Iterable[Event], delta: float) -> float:
+    """Epsilon at `delta` of all events together, by PLD. No query costs 0."""
+    return _epsilon(_grouped(events), _checked(delta))
+
+
+def epsilon_rdp(events: Iterable[Event], delta: float) -> float:
+    """The same by RDP."""
+    return _epsilon_rdp(_grouped(events), _checked(delta))
+
+
+@lru_cache(maxsize=1024)
+def noise_multiplier_for(*, epsilon: float, delta: float, sample_rate: float, count: int) -> float:
+    """The smallest z, in steps of 0.001, at which `count` queries cost at most `epsilon`; inf for no query.
+
+    Bisection over `epsilon` itself, so that what is solved for is what is charged.
+
+    Raises ValueError if no z up to about 10 000 is enough.
+    """
+    if count == 0:
+        return math.inf
+
+    def too_dear(thousandths: int) -> bool:
+        return _epsilon(((sample_rate, thousandths / 1000, count),), _checked(delta)) > epsilon
+
+    low, high = _LEAST_NOISE, 1000
+    while too_dear(high):
+        low, high = high, 2 * high
+        if high > _MOST_NOISE:
+            raise ValueError(
+                f"epsilon {epsilon:g} at delta {delta:.3g} cannot be reached by {count} queries at sample rate"
+                f" {sample_rate:g}: even a noise multiplier of {low / 1000:,.0f} costs more"
+            )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if too_dear(middle) else (low, middle)
+    return high / 1000
+
+
+def queries_per_round(plan: StudyPlan) -> int:
+    """Private queries that each training site answers in one round: the algorithm's, and one for the monitor."""
+    from common.algorithms import ALGORITHMS
+
+    queries = ALGORITHMS[plan.algorithm.name].queries_per_round(plan.algorithm)
+    monitored = plan.privacy is not None and plan.privacy.monitor and queries > 0
+    return queries + int(monitored)
+
+
+def plan_cost(plan: StudyPlan, site: str) -> PrivacyCost | None:
+    """What the whole study costs a patient of `site`; None for a plan without privacy.
+
+    Raises PlanError if the plan's epsilon cannot be reached, or its own noise multiplier costs more.
+    """
+    if plan.privacy is None:
+        return None
+    privacy, patients = plan.privacy, plan.sites[site].patients
+    delta, rate = delta_of(privacy, patients), plan.sampling.sample_rate
+    queries = plan.rounds * queries_per_round(plan)
+    noise = _noise(privacy, site, delta=delta, rate=rate, queries=queries)
+    events = [Event(rate, noise, queries)] if queries else []
+    cost = PrivacyCost(
+        site=site,
+        patients=patients,
+        delta=delta,
+        sample_rate=rate,
+        noise_multiplier=noise,
+        queries=queries,
+        epsilon=epsilon(events, delta),
+        epsilon_rdp=epsilon_rdp(events, delta),
+    )
+    if cost.epsilon > privacy.epsilon:
+        needed = noise_multiplier_for(epsilon=privacy.epsilon, delta=delta, sample_rate=rate, count=queries)
+        raise PlanError(
+            Problem(
+                f"site {site}",
+                f"privacy.noise_multiplier {noise:g} costs epsilon {cost.epsilon:.2f} over {queries} queries, above"
+                f" privacy.epsilon {privacy.epsilon:g}",
+                f"use {needed:g} or more, or leave noise_multiplier out: it is then solved for",
+            )
+        )
+    return cost
+
+
+def delta_of(privacy: PrivacySpec, patients: int) -> float:
+    """The plan's delta, or 1/(10 N)."""
+    return 1 / (10 * patients) if privacy.delta is None else privacy.delta
+
+
+def _noise(privacy: PrivacySpec, site: str, *, delta: float, rate: float, queries: int) -> float:
+    if queries == 0:
+        return math.inf
+    if privacy.noise_multiplier is not None:
+        return privacy.noise_multiplier
+    try:
+        return noise_multiplier_for(epsilon=privacy.epsilon, delta=delta, sample_rate=rate, count=queries)
+    except ValueError as error:
+        remedy = "raise privacy.epsilon, or ask fewer queries (rounds, algorithm.inner_steps)"
+        raise PlanError(Problem(f"site {site}", f"privacy.{error}", remedy)) from None
+
+
+Group = tuple[float, float, int]  # q, z, count
+
+
+def _grouped(events: Iterable[Event]) -> tuple[Group, ...]:
+    counts: Counter[tuple[float, float]] = Counter()
+    for event in events:
+        if event.count and math.isfinite(event.noise_multiplier):
+            counts[event.sample_rate, event.noise_multiplier] += event.count
+    return tuple(sorted((q, z, count) for (q, z), count in counts.items()))
+
+
+def _checked(delta: float) -> float:
+    if not 0 < delta < 1:
+        raise ValueError(f"delta is {delta}; it must lie between 0 and 1")
+    return delta
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(groups: tuple[Group, ...], delta: float) -> float:
+    if not groups:
+        return 0.0
+    bound = _epsilon_rdp(groups, delta)
+    return bound if bound > _HOPELESS else _composed(_pld_accountant(), groups, delta)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon_rdp(groups: tuple[Group, ...], delta: float) -> float:
+    from dp_accounting.rdp import RdpAccountant
+
+    if not groups:
+        return 0.0
+    return _composed(RdpAccountant(_RDP_ORDERS, _zero_out()), groups, delta)
+
+
+def _composed(accountant: Any, groups: tuple[Group, ...], delta: float) -> float:
+    for q, z, count in groups:
+        accountant.compose(_dp_event(q, z, count))
+    return float(accountant.get_epsilon(delta))
+
+
+def _pld_accountant() -> Any:
+    from dp_accounting.pld import PLDAccountant
+
+    return PLDAccountant(_zero_out(), value_discretization_interval=_DISCRETISATION)
+
+
+def _zero_out() -> Any:
+    from dp_accounting import NeighboringRelation
+
+    return NeighboringRelation.REPLACE_SPECIAL
+
+
+def _dp_event(q: float, z: float, count: int) -> Any:
+    import dp_accounting
+
+    query = dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(z))
+    return dp_accounting.SelfComposedDpEvent(query, count)

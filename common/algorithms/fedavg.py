@@ -1,0 +1,12 @@
+"""Federated averaging (McMahan et al. 2017, arXiv:1602.05629) with the head kept at the site (FedPer, Arivazhagan
+2019, arXiv:1912.00818), since label spaces differ between sites; fine-tuned at a new hospital like any start.
+
+    phi_0 = (theta, the site's own head);  K steps;  theta <- theta + b mean_i (phi_K,i - theta)
+"""
+
+from __future__ import annotations
+
+from common.algorithms import reptile
+from common.algorithms.interface import Algorithm
+
+ALGORITHM = Algorithm("Federated averaging", reptile.local_update, lambda spec: spec.inner_steps, keeps_head=True)

@@ -1,0 +1,26 @@
+"""FedProx (Li et al. 2020, arXiv:1812.06127): federated averaging with a proximal pull to the shared parameters.
+
+    phi_{k+1} = phi_k - a (G(phi_k) + mu (phi_k - theta))
+
+The pull needs no data: it is post-processing of earlier releases.
+"""
+
+from __future__ import annotations
+
+from common.algorithms.descent import step
+from common.algorithms.interface import Algorithm, LocalUpdate, PrivateQueries
+from common.params import Params, add, select, subtract
+from common.plan import AlgorithmSpec
+
+
+def local_update(shared: Params, head: Params, private: PrivateQueries, spec: AlgorithmSpec) -> LocalUpdate:
+    """K proximal steps; the update is phi_K - theta on the shared names. The head is not pulled."""
+    phi = shared | head
+    for _ in range(spec.inner_steps):
+        gradient = private.gradient(phi)
+        pull = subtract(select(phi, shared), shared)
+        phi = step(phi, gradient | add(select(gradient, shared), pull, scale=spec.proximal), spec)
+    return LocalUpdate(update=subtract(select(phi, shared), shared), head=select(phi, head))
+
+
+ALGORITHM = Algorithm("FedProx", local_update, lambda spec: spec.inner_steps, keeps_head=True)

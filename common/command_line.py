@@ -1,0 +1,36 @@
+"""How both command lines end: the exit code says who can mend it.
+
+0 done;  1 it failed;  2 the user can mend it (wrong usage, plan, files);  130 interrupted
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import NoReturn
+
+import typer
+
+from common.errors import ConsiliumError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def run(app: typer.Typer) -> NoReturn:
+    """Run `app` on this process's arguments and exit; an error raised on purpose is told without a traceback."""
+    try:
+        app()
+    except ConsiliumError as error:
+        _leave(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        _leave(f"the disk is full{place}: nothing was left half-written; free some space and run it again", 1)
+    raise SystemExit(0)
+
+
+def _leave(text: str, code: int) -> NoReturn:
+    typer.secho(text, fg=typer.colors.RED, err=True)  # click drops the colour where stderr is no terminal
+    raise SystemExit(code)

@@ -1,0 +1,123 @@
+"""What the lab and a site say to each other, and its form in a Flower RecordDict.
+
+This file is the whole wire format. Every field of a reply is either charged to the site's ledger or
+independent of the site's data; the comment beside it says which.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+PREPARE = "query.prepare"  # Flower message types
+TRAIN = "train.round"
+
+_ARRAYS, _FIELDS = "arrays", "fields"
+
+Arrays = dict[str, np.ndarray]
+
+
+def software_version() -> str:
+    """The installed version, or 'source' for an uninstalled checkout."""
+    try:
+        return importlib.metadata.version("consilium")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+@dataclass(frozen=True)
+class PrepareInstruction:
+    """Lab to site, once per run: the plan, and the parameters from which the run starts."""
+
+    plan_json: str
+    initial: Arrays  # the whole body and, if shared, the head
+
+
+@dataclass(frozen=True)
+class TrainInstruction:
+    """Lab to site: compute the update of one round."""
+
+    plan_digest: str
+    initial_digest: str
+    round: int  # 1-based
+    shared: Arrays  # the trainable shared parameters
+
+
+@dataclass(frozen=True)
+class SiteReply:
+    """Site to lab. `code` is 'ok' or the code of a Refusal."""
+
+    site: str  # data-independent: the registered name
+    code: str  # data-independent: a closed list (common.errors)
+    reason: str = ""  # data-independent: the Refusal's public_reason
+    version: str = ""  # data-independent
+    plan_digest: str = ""  # data-independent
+    round: int = 0  # data-independent
+    update: Arrays = field(default_factory=dict)  # charged: function of private gradient queries
+    accuracy: float = math.nan  # charged: private statistic query; nan if the plan asks for none
+    queries: int = 0  # data-independent: private queries charged for this round, fixed by the plan
+    epsilon: float = 0.0  # data-independent: the ledger's total, a function of charges
+    ledger_rows: int = 0  # data-independent
+    ledger_head: str = ""  # data-independent: hash over charges
+    seconds: float = 0.0  # wall time in a coarse bucket (powers of two)
+
+    @property
+    def ok(self) -> bool:
+        return self.code == "ok"
+
+
+Record = PrepareInstruction | TrainInstruction | SiteReply
+R = TypeVar("R", PrepareInstruction, TrainInstruction, SiteReply)
+
+
+class MalformedRecord(ValueError):
+    """A RecordDict is not of the expected form; the text names the field, never a value."""
+
+
+def encode(record: Record) -> RecordDict:
+    """A record as a RecordDict: one ArrayRecord, one ConfigRecord."""
+    fields = dict(record.__dict__)
+    arrays = fields.pop(_ARRAYS_FIELD[type(record)])
+    return RecordDict(
+        {
+            _ARRAYS: ArrayRecord({name: Array(value) for name, value in arrays.items()}),
+            _FIELDS: ConfigRecord(fields),
+        }
+    )
+
+
+def decode(content: RecordDict, kind: type[R]) -> R:
+    """The record of type `kind` in `content`.
+
+    Raises MalformedRecord if a field is missing, unknown, of another type, or an array is not float32.
+    """
+    try:
+        fields = dict(content.config_records[_FIELDS])
+        array_record = content.array_records[_ARRAYS]
+    except KeyError:
+        raise MalformedRecord("a part is missing") from None
+    expected = {k: v for k, v in kind.__dataclass_fields__.items() if k != _ARRAYS_FIELD[kind]}
+    if fields.keys() != expected.keys():
+        raise MalformedRecord(f"fields differ: {sorted(fields.keys() ^ expected.keys())}")
+    for name, spec in expected.items():
+        wanted = {"str": str, "int": int, "float": float}[str(spec.type)]
+        if type(fields[name]) is not wanted:
+            raise MalformedRecord(f"field {name} is no {spec.type}")
+    arrays: Arrays = {}
+    for name, array in array_record.items():
+        if array.dtype != "float32":
+            raise MalformedRecord("an array is not float32")
+        try:
+            arrays[name] = array.numpy()
+        except Exception:
+            raise MalformedRecord("an array cannot be read") from None
+    values: dict[str, Any] = {**fields, _ARRAYS_FIELD[kind]: arrays}
+    return kind(**values)
+
+
+_ARRAYS_FIELD: dict[type, str] = {PrepareInstruction: "initial", TrainInstruction: "shared", SiteReply: "update"}

@@ -1,0 +1,1 @@
+"""Scripts and studies that ship with Consilium; no code."""

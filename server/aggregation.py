@@ -1,0 +1,89 @@
+"""The weighted mean of the sites' updates, and what an update must be to enter it.
+
+    u = sum_i w_i u_i / sum_i w_i    over the sites i whose reply was accepted
+
+The weights are constants of the plan: a site's own count of examples would be a release that nobody charged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from common.accounting import plan_cost
+from common.params import Arrays, Params
+from common.plan import StudyPlan
+from common.records import SiteReply
+
+Template = Mapping[str, Sequence[int]]  # name -> shape
+
+
+def site_weights(plan: StudyPlan, sites: Iterable[str]) -> dict[str, float]:
+    """The sites' weights by the plan's rule, summing to 1.
+
+    equal: 1; patients: declared N; precision: B^2/z^2 with B = q N, the inverse variance of the noise in G.
+    """
+    raw = {name: _raw_weight(plan, name) for name in sites}
+    total = math.fsum(raw.values())
+    return {name: value / total for name, value in raw.items()}
+
+
+def _raw_weight(plan: StudyPlan, site: str) -> float:
+    if plan.outer.weights == "equal":
+        return 1.0
+    if plan.outer.weights == "patients":
+        return float(plan.sites[site].patients)
+    cost = plan_cost(plan, site)
+    if cost is None or math.isinf(cost.noise_multiplier):  # no noise, at no site
+        return 1.0
+    return (cost.expected_batch / cost.noise_multiplier) ** 2
+
+
+class RunningMean:
+    """The mean of the updates seen so far; holds one sum in float64, however many sites there are.
+
+    Float64, so that the order of arrival shows in the last bit of a float32 at most.
+    """
+
+    def __init__(self, template: Template) -> None:
+        self._sum = {name: torch.zeros(tuple(shape), dtype=torch.float64) for name, shape in template.items()}
+        self._weight = 0.0
+
+    def add(self, update: Arrays, *, weight: float) -> None:
+        """Take in one accepted update."""
+        for name, total in self._sum.items():
+            total.add_(torch.from_numpy(update[name]), alpha=weight)
+        self._weight += weight
+
+    def mean(self) -> Params:
+        """float32 tensors. Raises ValueError if no update was taken in."""
+        if not self._weight:
+            raise ValueError("the mean of no update")
+        return {name: (total / self._weight).float() for name, total in self._sum.items()}
+
+
+def reason_to_reject(reply: SiteReply, *, site: str, plan_digest: str, round: int, template: Template) -> str | None:
+    """Why this reply may not enter the mean, without any of its values; None if it may."""
+    if reply.site != site:
+        return "the reply names another site"
+    if reply.plan_digest != plan_digest:
+        return "the reply belongs to another plan"
+    if reply.round != round:
+        return f"the reply is for round {reply.round}"
+    if not (_is_amount(reply.epsilon) and _is_amount(reply.seconds)) or math.isinf(reply.accuracy):
+        return "epsilon, seconds or accuracy is not a finite number"
+    if reply.update.keys() != template.keys():
+        names = sorted(reply.update.keys() ^ template.keys())
+        return f"the update's names differ from the shared parameters' in {len(names)}, as {names[0][:80]!r}"
+    for name, value in reply.update.items():
+        if value.shape != tuple(template[name]):
+            return f"{name} has shape {value.shape}, not {tuple(template[name])}"
+        if not bool(torch.isfinite(torch.from_numpy(value)).all()):
+            return f"{name} is not finite"
+    return None
+
+
+def _is_amount(value: float) -> bool:
+    return math.isfinite(value) and value >= 0

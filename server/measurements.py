@@ -1,0 +1,81 @@
+"""Starts tried at targets: each measurement is done once, kept on disk, and independent of every other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.files import write_atomically
+from common.params import Params
+from common.plan import StudyPlan
+from common.trials import CEILING, Kind, Trial
+from server.simulation import SimulatedData, evaluate_ceiling, evaluate_start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One start at one target; `path` keeps its trials."""
+
+    path: Path
+    arm: str
+    kind: Kind
+    plan: StudyPlan
+    data: SimulatedData
+    start: Params | None  # None: a random initialization
+
+    @property
+    def title(self) -> str:
+        return f"{self.arm} at {self.data.rows.site}"
+
+
+def measure(measurement: Measurement) -> list[Trial]:
+    """The measurement's trials, from disk if they are there."""
+    if measurement.path.exists():
+        return [_trial(fields) for fields in json.loads(measurement.path.read_text())]
+    plan, data, kind, start = measurement.plan, measurement.data, measurement.kind, measurement.start
+    if measurement.arm == CEILING and start is not None:
+        trials = evaluate_ceiling(start, data, plan, kind=kind)
+    else:
+        trials = evaluate_start(start, data, plan, arm=measurement.arm, kind=kind)
+    write_atomically(measurement.path, json.dumps([_fields(trial) for trial in trials], allow_nan=False).encode())
+    return trials
+
+
+def measure_all(measurements: Sequence[Measurement], *, jobs: int) -> Iterator[list[Trial]]:
+    """The trials of each measurement, in order; `jobs` processes at once."""
+    if jobs == 1:
+        yield from map(measure, measurements)
+        return
+    spawning = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in an unknown state
+    with ProcessPoolExecutor(jobs, spawning, initializer=_begin_process) as pool:
+        try:
+            yield from pool.map(measure, measurements)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin_process() -> None:
+    """One thread for each of the processes; Ctrl-C is for the one that started them."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _fields(trial: Trial) -> dict[str, Any]:
+    metrics = {name: None if math.isnan(value) else value for name, value in trial.metrics.items()}
+    return dataclasses.asdict(trial) | {"metrics": metrics}
+
+
+def _trial(fields: dict[str, Any]) -> Trial:
+    metrics = {name: math.nan if value is None else value for name, value in fields["metrics"].items()}
+    return Trial(**fields | {"metrics": metrics})

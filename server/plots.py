@@ -1,0 +1,177 @@
+"""The report's figures, as SVG that lives inside the page: its colours and letters are the page's own."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from common.trials import Estimate
+from server.summary import WITHOUT_PRIVACY
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe-Ito, told apart by all forms of colour blindness; the page maps each to a lighter one on dark ground.
+_SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a8a8a", "#b8a200")
+_INK = "#010203"  # stands for the page's text colour
+_MARKERS, _DASHES = "osD^vPX*", ("-", "--", "-.", ":")
+_ARM_SERIES = {"random": 6, "local_only": 3, "fedavg": 1, "fedprox": 4, "meta": 0, "reptile": 2, "fomaml": 5}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: `points` are (shots, estimate)."""
+
+    label: str
+    points: Sequence[tuple[int, Estimate]]
+    arm: str
+
+
+@dataclass(frozen=True)
+class DotRow:
+    """One target: an estimate per arm, its ceiling and its chance."""
+
+    label: str
+    dots: Mapping[str, Estimate]  # by arm
+    ceiling: Estimate | None
+    chance: float
+    learnable: bool
+
+
+def shots_figure(name: str, lines: Sequence[Line], *, ceiling: Estimate | None, chance: float | None) -> str:
+    """Balanced accuracy against shots, one line per arm."""
+
+    def draw(axes: Axes) -> None:
+        shots = sorted({x for line in lines for x, _ in line.points})
+        place = {x: i for i, x in enumerate(shots)}
+        for i, line in enumerate(lines):
+            shift = 0.06 * (i - (len(lines) - 1) / 2)  # or the intervals hide each other
+            xs = [place[x] + shift for x, _ in line.points]
+            _whiskers(axes, xs, [e for _, e in line.points], vertical=True, label=line.label, **_arm_style(line.arm))
+        if ceiling is not None:
+            _reference(axes, ceiling.mean, "ceiling: every support patient", "--")
+        if chance is not None:
+            _reference(axes, chance, "guessing", ":")
+        axes.set_xticks(range(len(shots)), [str(k) for k in shots])
+        axes.set_xlim(-0.4, len(shots) - 0.6)
+        axes.set(xlabel="labelled images per class", ylabel="balanced accuracy")
+
+    return _svg(name, draw, legend=len(lines))
+
+
+def targets_figure(name: str, rows: Sequence[DotRow], titles: Mapping[str, str]) -> str:
+    """Balanced accuracy of every target, a dot with its interval per arm."""
+
+    def draw(axes: Axes) -> None:
+        arms = list(dict.fromkeys(arm for row in rows for arm in row.dots))
+        for i, arm in enumerate(arms):
+            shown = [(y, row.dots[arm]) for y, row in enumerate(rows) if arm in row.dots]
+            ys = [y + 0.6 * ((i + 0.5) / len(arms) - 0.5) for y, _ in shown]
+            style = _arm_style(arm) | {"linestyle": "none"}
+            _whiskers(axes, ys, [e for _, e in shown], vertical=False, label=titles[arm], **style)
+        for y, row in enumerate(rows):
+            axes.plot([row.chance] * 2, [y - 0.36, y + 0.36], ":", color=_INK, label="guessing" if y == 0 else None)
+            if row.ceiling is not None:
+                span = [y - 0.36, y + 0.36]
+                axes.plot([row.ceiling.mean] * 2, span, "-", color=_INK, label="ceiling" if y == 0 else None)
+        axes.set_yticks(
+            range(len(rows)), [row.label + ("" if row.learnable else "\n(not learnable here)") for row in rows]
+        )
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set(xlabel="balanced accuracy")
+
+    return _svg(name, draw, height=1.2 + 0.72 * len(rows), legend=6)
+
+
+def rounds_figure(
+    name: str,
+    series: Mapping[str, Sequence[tuple[int, float]]],
+    *,
+    ylabel: str,
+    limit: float | None = None,
+    arms: Mapping[str, str] | None = None,
+) -> str:
+    """One line per label in `series` over the rounds. `limit` is a dashed line (the budget); where the labels are of
+    `arms`, they look like those arms elsewhere."""
+
+    def draw(axes: Axes) -> None:
+        for i, (label, points) in enumerate(series.items()):
+            style = _arm_style(arms[label]) if arms else _site_style(i)
+            every = max(1, len(points) // 6)
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            axes.plot(xs, ys, markevery=every, markersize=4, linewidth=1.3, label=label, **style)
+        if limit is not None:
+            _reference(axes, limit, "budget", "--")
+            axes.set_ylim(0, limit * 1.15)
+        axes.set(xlabel="round", ylabel=ylabel)
+
+    return _svg(name, draw, legend=len(series))
+
+
+def _reference(axes: Axes, value: float, label: str, linestyle: str) -> None:
+    axes.axhline(value, color=_INK, linestyle=linestyle, linewidth=1, label=label)
+
+
+def _arm_style(arm: str) -> dict[str, Any]:
+    """Colour and marker by arm; hollow and dashed without privacy."""
+    base = arm.removesuffix(WITHOUT_PRIVACY)
+    series = _ARM_SERIES.get(base, 7)
+    style: dict[str, Any] = {"color": _SERIES[series], "marker": _MARKERS[series]}
+    return style if base == arm else style | {"markerfacecolor": "none", "linestyle": "--"}
+
+
+def _site_style(number: int) -> dict[str, Any]:
+    """The eight colours, then the eight again dashed."""
+    count = len(_SERIES)
+    dash = _DASHES[number // count % len(_DASHES)]
+    return {"color": _SERIES[number % count], "marker": _MARKERS[number % count], "linestyle": dash}
+
+
+def _whiskers(
+    axes: Axes, at: Sequence[float], estimates: Sequence[Estimate], *, vertical: bool, label: str, **style: Any
+) -> None:
+    means = [e.mean for e in estimates]
+    bars = [max(0.0, e.high - e.mean) for e in estimates]  # nan, no interval, becomes 0
+    style |= {"label": label, "markersize": 5, "linewidth": 1.4, "elinewidth": 1.1, "capsize": 2.5}
+    if vertical:
+        axes.errorbar(at, means, yerr=bars, **style)
+    else:
+        axes.errorbar(means, at, xerr=bars, **style)
+
+
+def _svg(name: str, draw: Callable[[Axes], None], *, height: float = 3.3, legend: int) -> str:
+    """An SVG element 5.4 inches wide; `legend` lines of labels stand under the axes."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "axes.edgecolor": _INK}):
+        figure = Figure(figsize=(5.4, height + 0.12 * legend), layout="constrained")  # no pyplot: nothing to close
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        draw(axes)
+        axes.grid(alpha=0.18, color=_INK, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=_INK)
+        axes.xaxis.label.set_color(_INK)
+        axes.yaxis.label.set_color(_INK)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, labelcolor=_INK)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(file.getvalue(), name)
+
+
+def _inline(svg: str, name: str) -> str:
+    """For a page with other figures: no prolog, ids of its own, colours by name, width by the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'(<svg [^>]*?)\s*width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg [^>]*?)\s*height="[^"]*"', r'\1 aria-hidden="true"', svg, count=1)
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", svg)
+    svg = svg.replace(_INK, "currentColor")
+    for i, colour in enumerate(_SERIES):
+        svg = svg.replace(colour, f"var(--series-{i})")
+    return svg

@@ -1,0 +1,262 @@
+"""Everything that a study's report is made of, and what may be said of it in a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from common.algorithms import ALGORITHMS
+from common.plan import StudyPlan
+from common.trials import CEILING, RANDOM, Estimate, Kind, Trial
+from server.history import RoundRecord
+from server.summary import LEAD_METRIC, WITHOUT_PRIVACY, Row, summarise
+
+META = "meta"  # arm: what the study's own algorithm learned
+UNPROTECTED = "WITHOUT PRIVACY: a simulation that protects no patient"
+PHANTOMS = "PHANTOMS: the images were drawn by a program; no figure here says anything about patients"
+
+_TITLES = {
+    RANDOM: "Random initialization",
+    CEILING: "Ceiling (all support patients)",
+    "local_only": "Warm start alone",
+    "fedavg": "Federated averaging",
+    "fedprox": "FedProx",
+}
+_AGAINST = ("random initialization", "federated averaging")
+_META_LEARNERS = ("reptile", "fomaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """One sequence of rounds: of an arm, perhaps with one site left out."""
+
+    arm: str
+    records: Sequence[RoundRecord]  # round 0 is the roll call
+    left_out: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """A checkpoint tried on a held-out target."""
+
+    arm: str
+    target: str
+    round: int
+    balanced_accuracy: float  # mean over splits and draws
+    shots: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """An image to show: uint8 (H, W) or (H, W, 3)."""
+
+    site: str
+    label: str
+    image: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResults:
+    """A finished study. Arms are 'random', 'local_only', 'fedavg', ..., 'meta', each perhaps + ' without privacy',
+    and 'ceiling'."""
+
+    plan: StudyPlan
+    trials: Sequence[Trial]
+    federations: Sequence[Federation]  # the study's own first
+    curve: Sequence[CurvePoint] = ()
+    sentences: Sequence[str] = ()  # the plan in words
+    examples: Sequence[Example] = ()
+    phantoms: bool = False
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)  # wall time of each part
+    remarks: Sequence[str] = ()  # further warnings
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        return summarise(self.trials)
+
+    @property
+    def private(self) -> bool:
+        return self.plan.privacy is not None
+
+    @property
+    def lead_shots(self) -> int:
+        return self.plan.evaluation.lead_shots
+
+    @property
+    def lead_kind(self) -> Kind:
+        """Held-out sites if any of them counts, else held-out patients."""
+        counted = {row.kind for row in self.rows if row.target is None}
+        return "held-out patients" if counted == {"held-out patients"} else "held-out site"
+
+    def title(self, arm: str) -> str:
+        """An arm's name for a reader."""
+        base = arm.removesuffix(WITHOUT_PRIVACY)
+        own = ALGORITHMS[self.plan.algorithm.name].title
+        if base == META:
+            name = f"Meta-initialization ({own})" if self.plan.algorithm.name in _META_LEARNERS else f"{own} (study)"
+        else:
+            name = _TITLES.get(base) or (ALGORITHMS[base].title if base in ALGORITHMS else base)
+        return name + arm[len(base) :]
+
+    def short_title(self, arm: str) -> str:
+        """The same for a narrow table."""
+        base = arm.removesuffix(WITHOUT_PRIVACY)
+        own = f"meta ({self.plan.algorithm.name})"
+        name = own if base == META else {"local_only": "warm start", "fedavg": "averaging"}.get(base, base)
+        return name if base == arm else f"{name}, no privacy"
+
+    def find(self, kind: Kind, target: str | None, arm: str, shots: int, metric: str = LEAD_METRIC) -> Row | None:
+        """The row of the summary, if it is there."""
+        wanted = (kind, target, arm, shots, metric)
+        return next((r for r in self.rows if (r.kind, r.target, r.arm, r.shots, r.metric) == wanted), None)
+
+
+def headline(results: StudyResults) -> tuple[str, str]:
+    """What was gained: a few words, and a sentence with figures and intervals."""
+    row = results.find(results.lead_kind, None, META, results.lead_shots)
+    if row is None:
+        why = "On no target did even the ceiling beat guessing" if results.trials else "No target was evaluated"
+        return "Nothing can be said about a gain", f"{why}, so the starts cannot be compared."
+    gains = zip(_AGAINST, (row.over_random, row.over_averaging), strict=True)
+    against = {name: gain for name, gain in gains if gain is not None}
+    protection = "without privacy" if results.plan.privacy is None else f"at epsilon {results.plan.privacy.epsilon:g}"
+    reached = (
+        f"With {row.shots} labelled image{_s(row.shots)} per class, the {_start(results)} reaches a balanced accuracy"
+        f" of {show(row.value)} on {_where(row)}, {protection}"
+    )
+    parts = [_compared(results, row, name, gain) for name, gain in against.items()]
+    return _short(against), f"{reached}. " + (f"That is {'; '.join(parts)}." if parts else "")
+
+
+def _compared(results: StudyResults, mean: Row, name: str, gain: Estimate) -> str:
+    """'+0.08 [+0.05, +0.11] against random initialization (a gain; ahead on 3 of 4)'."""
+    alone = [results.find(mean.kind, target, META, mean.shots) for target in _counted(results, mean.kind)]
+    gains = [row.over_random if name == _AGAINST[0] else row.over_averaging for row in alone if row]
+    ahead = sum(gain is not None and gain.mean > 0 for gain in gains)
+    return f"{show_gain(gain)} against {name} ({_verdict(gain)}; ahead on {ahead} of {len(gains)})"
+
+
+def _counted(results: StudyResults, kind: Kind) -> list[str]:
+    return list(dict.fromkeys(r.target for r in results.rows if r.target and r.kind == kind and r.learnable))
+
+
+def warnings(results: StudyResults) -> list[str]:
+    """What a reader must know before believing a figure."""
+    found = [] if results.private else [UNPROTECTED]
+    found += [PHANTOMS] if results.phantoms else []
+    found += results.remarks
+    for row in results.rows:
+        if not row.learnable and row.arm == CEILING and row.metric == LEAD_METRIC:
+            why = f"its ceiling, {show(row.value)}, includes guessing"
+            found.append(f"{row.target} ({row.kind}) is not counted in the mean: {why}")
+    notes = Counter((t.target, t.shots, t.note) for t in results.trials if t.note)
+    for (target, shots, note), count in notes.items():
+        found.append(f"{target}, {f'{shots} per class' if shots else 'ceiling'}: {note} ({count} trial{_s(count)})")
+    return found + _absences(results)
+
+
+def _absences(results: StudyResults) -> list[str]:
+    """Each site that missed a round, once per reason, over all federations."""
+    records = [record for f in results.federations for record in f.records if record.round > 0]
+    asked = Counter(site.site for record in records for site in record.sites)
+    missed = Counter(
+        (site.site, site.reason or site.code) for record in records for site in record.sites if site.status != "ok"
+    )
+    return [f"{site} missed {n} of {asked[site]} rounds: {reason}" for (site, reason), n in missed.items()]
+
+
+def show_half(estimate: Estimate) -> str:
+    """'0.71 ± 0.03', the half width of the interval."""
+    return f"{estimate.mean:.2f} ± {estimate.high - estimate.mean:.2f}"
+
+
+def federation_title(results: StudyResults, federation: Federation) -> str:
+    """The arm's title, and the site left out."""
+    title = results.title(federation.arm)
+    return f"{title}, {federation.left_out} left out" if federation.left_out else title
+
+
+def show(estimate: Estimate) -> str:
+    """'0.71 [0.68, 0.74]'."""
+    if math.isnan(estimate.mean):
+        return "not measurable"
+    if math.isnan(estimate.low):
+        return f"{estimate.mean:.2f}"
+    return f"{estimate.mean:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
+def show_gain(gain: Estimate) -> str:
+    """'+0.08 [+0.05, +0.11]'."""
+    if math.isnan(gain.low):
+        return f"{gain.mean:+.2f}"
+    return f"{gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]"
+
+
+def _where(row: Row) -> str:
+    if row.kind == "held-out site":
+        return f"{row.targets} held-out site{_s(row.targets)}"
+    return f"held-out patients of {row.targets} hospital{_s(row.targets)}"
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
+
+
+def _start(results: StudyResults) -> str:
+    title = results.title(META)
+    return title[:1].lower() + title[1:] if title.startswith("Meta") else title
+
+
+def _verdict(gain: Estimate) -> str:
+    if gain.low > 0:
+        return "a gain"
+    return "a loss" if gain.high < 0 else "no difference shown, the interval includes 0"
+
+
+def _short(against: Mapping[str, Estimate]) -> str:
+    ahead = [name for name, gain in against.items() if gain.low > 0]
+    behind = [name for name, gain in against.items() if gain.high < 0]
+    level = [name for name in against if name not in ahead and name not in behind]
+    parts = [(ahead, "Ahead of"), (level, "not shown to differ from"), (behind, "behind")]
+    words = ", ".join(f"{word} {' and '.join(names)}" for names, word in parts if names)
+    return f"{words[:1].upper()}{words[1:]}" if words else "There is nothing to compare with"
+
+
+def to_json(results: StudyResults) -> dict[str, Any]:
+    """Plain data without nan; example images are left out."""
+    title, sentence = headline(results)
+    document = {
+        "study": results.plan.study,
+        "plan_digest": results.plan.digest,
+        "private": results.private,
+        "phantoms": results.phantoms,
+        "warnings": warnings(results),
+        "headline": f"{title}. {sentence}",
+        "arms": {arm: results.title(arm) for arm in dict.fromkeys(t.arm for t in results.trials)},
+        "summary": [dataclasses.asdict(row) for row in results.rows],
+        "curve": [dataclasses.asdict(point) for point in results.curve],
+        "federations": [dataclasses.asdict(federation) for federation in results.federations],
+        "trials": [dataclasses.asdict(trial) for trial in results.trials],
+        "plan": results.plan.model_dump(mode="json"),
+        "versions": dict(results.versions),
+        "seconds": dict(results.seconds),
+    }
+    finite: dict[str, Any] = _finite(document)
+    return finite
+
+
+def _finite(value: Any) -> Any:
+    """nan and infinity, which JSON does not know, as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,221 @@
+"""The federation's rounds as a Flower Strategy with its own loop.
+
+    call the roll: which node is which site, who is ready?
+    each round: ask every ready site -> judge each reply as it comes -> weighted mean -> outer step -> commit
+
+Below quorum a round is recorded and the parameters stay; after three in a row the run ends. Nothing is printed: an
+Observer is told.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from common.checkpoint import shapes
+from common.errors import RunError
+from common.params import Arrays, Params, digest, norm, select, to_arrays, to_tensors
+from common.plan import StudyPlan
+from common.records import TRAIN, SiteReply, TrainInstruction
+from server.aggregation import RunningMean, Template, reason_to_reject, site_weights
+from server.exchange import address, collect, send
+from server.history import RoundRecord, SiteOutcome
+from server.observer import Observer
+from server.outer_optimizer import outer_step
+from server.replies import Ledger, judge, ledger_objection
+from server.roll_call import Roll, call_roll
+from server.run_folder import RunState, commit, locked, open_run, origin_of
+from server.start import round_names, travelling
+
+MOST_BELOW_QUORUM = 3  # rounds in a row, then the run ends
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run needs to know."""
+
+    plan: StudyPlan
+    folder: Path
+    initial: Params  # a whole network of the plan; a site's own head in it is left aside
+    resume: bool = False
+    nodes: int | None = None  # how many to wait for before the start; None: one for each training site
+    stop: threading.Event = field(default_factory=threading.Event)  # set from another thread, it ends the run
+
+
+class ConsiliumStrategy(Strategy):
+    """All training sites in every round; quorum, time limit and resume are the plan's and the run folder's."""
+
+    def __init__(self, settings: RunSettings, observer: Observer) -> None:
+        plan = settings.plan
+        self._settings, self._plan, self._observer = settings, plan, observer
+        self._initial = travelling(plan, settings.initial)
+        self._initial_digest = digest(to_arrays(self._initial))
+        self._origin = origin_of(plan, self._initial_digest)
+        self._template = shapes(select(self._initial, round_names(plan)))
+        self._weights = site_weights(plan, plan.training_sites)
+        self._roll = Roll({}, ())
+        self._asked: dict[str, int] = {}  # message id -> node id, of the round that runs
+        self._outcomes: dict[str, SiteOutcome] = {}  # by site, of the round that runs
+        self._ledgers: dict[str, Ledger] = {}  # as each site last showed it
+        self._shared: Params = {}  # where the round that runs started
+        self._outer: Params = {}  # the outer optimiser's state
+
+    def start(self, grid: Grid, *_: Any, **__: Any) -> Result:
+        """Run every round that is not committed yet. The plan and the run folder say what Flower's arguments would.
+
+        Raises RunError if too few sites take part, UsageError or CheckpointError for the run folder.
+        """
+        settings = self._settings
+        with locked(settings.folder):
+            names = tuple(self._template)
+            run = open_run(settings.folder, self._plan, initial=self._initial, shared=names, resume=settings.resume)
+            self._observer.run_started(study=self._plan.study, done=max(run.round, 0), rounds=self._plan.rounds)
+            return Result(arrays=self._run(grid, run))
+
+    def _run(self, grid: Grid, run: RunState) -> ArrayRecord:
+        arrays = _to_record(run.shared)
+        if run.round == self._plan.rounds:
+            return arrays
+        self._outer, self._ledgers = run.outer, _ledgers_in(run.records)
+        began = time.monotonic()
+        self._call_roll(grid)
+        if run.round < 0:
+            self._commit(_record(0, began, self._roll.outcomes, update_norm=0.0), arrays)
+        below_quorum = 0
+        for number in range(max(run.round, 0) + 1, self._plan.rounds + 1):
+            arrays, record = self._round(grid, number, arrays)
+            below_quorum = 0 if record.status == "committed" else below_quorum + 1
+            if below_quorum == MOST_BELOW_QUORUM:
+                raise _too_few(f"{below_quorum} rounds in a row, up to round {number},", self._plan, record.sites)
+        return arrays
+
+    def _call_roll(self, grid: Grid) -> None:
+        nodes = len(self._plan.training_sites) if self._settings.nodes is None else self._settings.nodes
+        self._roll = call_roll(grid, self._plan, self._initial, self._ledgers, nodes=nodes, stop=self._settings.stop)
+        self._observer.sites_prepared(self._roll.outcomes)
+        if len(self._roll.ready) < self._plan.quorum:
+            raise _too_few("the start", self._plan, self._roll.outcomes)
+
+    def _round(self, grid: Grid, number: int, arrays: ArrayRecord) -> tuple[ArrayRecord, RoundRecord]:
+        """One round, committed: the shared parameters after it, and its record."""
+        began = time.monotonic()
+        messages = self.configure_train(number, arrays, ConfigRecord(), grid)
+        self._observer.round_started(number, tuple(self._roll.ready.values()))
+        self._asked = send(grid, messages)
+        replies = collect(grid, self._asked, timeout_s=self._plan.round_timeout_s, stop=self._settings.stop)
+        after, metrics = self.aggregate_train(number, replies)
+        sites = (*(self._outcomes[site] for site in self._roll.ready.values()), *self._roll.absent)
+        update_norm = None if after is None else cast(float, metrics["update_norm"])
+        record = _record(number, began, sites, update_norm=update_norm)
+        arrays = arrays if after is None else after
+        self._commit(record, arrays)
+        return arrays, record
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """The round's instruction for every ready site; nothing is sampled."""
+        instruction = TrainInstruction(
+            plan_digest=self._plan.digest,
+            initial_digest=self._initial_digest,
+            round=server_round,
+            shared=_to_arrays(arrays),
+        )
+        self._shared = to_tensors(instruction.shared)
+        return address(instruction, TRAIN, self._roll.ready, timeout_s=self._plan.round_timeout_s)
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord]:
+        """Judge each reply as it comes, then move the shared parameters; None below quorum, and they stay."""
+        mean, began = RunningMean(self._template), time.monotonic()
+        self._outcomes = {}
+        for message in replies:
+            site = self._roll.ready[self._asked[message.metadata.reply_to_message_id]]
+            check = partial(_objection, site, server_round, self._plan.digest, self._template, self._ledgers.get(site))
+            outcome, reply = judge(message, site=site, seconds=time.monotonic() - began, objection=check)
+            if reply is not None:
+                mean.add(reply.update, weight=self._weights[site])
+                self._ledgers[site] = (reply.ledger_rows, reply.ledger_head)
+            self._settle(server_round, outcome)
+        self._settle_silent(server_round, waited_s=time.monotonic() - began)
+        if sum(outcome.status == "ok" for outcome in self._outcomes.values()) < self._plan.quorum:
+            return None, MetricRecord()
+        return self._step(mean.mean())
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Nothing is asked: what a site measures is charged, and comes with its update."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing was asked."""
+        return None
+
+    def summary(self) -> None:
+        """Nothing is logged: the observer is told."""
+
+    def _settle(self, number: int, outcome: SiteOutcome) -> None:
+        self._outcomes[outcome.site] = outcome
+        self._observer.site_answered(number, outcome)
+
+    def _settle_silent(self, number: int, *, waited_s: float) -> None:
+        for node, site in self._roll.ready.items():
+            if site in self._outcomes:
+                continue
+            status: Literal["late", "absent"] = "late" if node in self._asked.values() else "absent"
+            reason = "no answer in time" if status == "late" else "the instruction could not be sent"
+            self._settle(number, SiteOutcome(site=site, status=status, code=status, reason=reason, seconds=waited_s))
+
+    def _step(self, update: Params) -> tuple[ArrayRecord, MetricRecord]:
+        shared, self._outer = outer_step(self._shared, self._outer, update, self._plan.outer)
+        return _to_record(shared), MetricRecord({"update_norm": norm(update)})
+
+    def _commit(self, record: RoundRecord, arrays: ArrayRecord) -> None:
+        shared = to_tensors(_to_arrays(arrays))
+        commit(self._settings.folder, record, shared | self._outer, self._origin)
+        self._observer.round_committed(record)
+
+
+def _objection(
+    site: str, number: int, plan_digest: str, template: Template, ledger: Ledger | None, reply: SiteReply
+) -> str | None:
+    reason = reason_to_reject(reply, site=site, plan_digest=plan_digest, round=number, template=template)
+    return reason or ledger_objection(reply, ledger)
+
+
+def _record(number: int, began: float, sites: tuple[SiteOutcome, ...], *, update_norm: float | None) -> RoundRecord:
+    return RoundRecord(
+        round=number,
+        status="below_quorum" if update_norm is None else "committed",
+        seconds=time.monotonic() - began,
+        update_norm=update_norm or 0.0,
+        sites=sites,
+    )
+
+
+def _ledgers_in(records: Iterable[RoundRecord]) -> dict[str, Ledger]:
+    """Each site's ledger as its last accepted reply showed it."""
+    accepted = [outcome for record in records if record.round for outcome in record.sites if outcome.status == "ok"]
+    return {outcome.site: (outcome.ledger_rows, outcome.ledger_head) for outcome in accepted}
+
+
+def _to_record(params: Params) -> ArrayRecord:
+    return ArrayRecord({name: Array(value) for name, value in to_arrays(params).items()})
+
+
+def _to_arrays(record: ArrayRecord) -> Arrays:
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def _too_few(when: str, plan: StudyPlan, sites: Iterable[SiteOutcome]) -> RunError:
+    lines = [f"  {o.site}: {o.status}, {o.reason}" for o in sites if o.status != "ok"]
+    return RunError("\n".join([f"{when} did not reach the quorum of {plan.quorum} sites:", *lines]))

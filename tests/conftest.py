@@ -1,0 +1,65 @@
+"""Small sites and plans that many tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.plan import StudyPlan
+
+SiteMaker = Callable[..., Path]
+PlanMaker = Callable[..., StudyPlan]
+
+
+@pytest.fixture
+def make_site(tmp_path: Path) -> SiteMaker:
+    """make_site('alder', patients=12, images=3): a site folder of 16x16 images whose label is their brightness."""
+
+    def make(name: str, *, patients: int = 12, images: int = 3, seed: int = 0, epsilon: float = 10.0) -> Path:
+        folder = tmp_path / "sites" / name
+        folder.mkdir(parents=True)
+        rng = np.random.default_rng(seed)
+        rows = patients * images
+        patient_ids = np.repeat([f"{name}-{i:03d}" for i in range(patients)], images)
+        labels = np.repeat(np.arange(patients) % 2, images)
+        pictures = rng.normal(100 + 60 * labels[:, None, None], 30, (rows, 16, 16)).clip(0, 255).astype(np.uint8)
+        names = np.array(["healthy", "lesion"])
+        np.savez(folder / "data.npz", images=pictures, labels=labels, label_names=names, patient_ids=patient_ids)
+        (folder / "site.yaml").write_text(f"name: {name}\nnpz: data.npz\nbudget: {{epsilon: {epsilon}, delta: 0.01}}\n")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_plan() -> PlanMaker:
+    """make_plan(rounds=2, privacy=None): a plan of alder, birch and cedar; keywords replace whole sections."""
+
+    def make(**changes: Any) -> StudyPlan:
+        sites = {name: {"labels": "lesion", "patients": 10} for name in ("alder", "birch", "cedar")}
+        plan: dict[str, Any] = {
+            "study": "tiny",
+            "task": {
+                "kind": "classification",
+                "image_size": 16,
+                "channels": 1,
+                "label_sets": {"lesion": ["healthy", "lesion"]},
+            },
+            "sites": sites,
+            "model": {"name": "conv4", "width": 8, "trainable": "film"},
+            "algorithm": {"name": "reptile", "inner_steps": 2, "inner_lr": 0.1},
+            "rounds": 3,
+            "quorum": 2,
+            "sampling": {"sample_rate": 0.5},
+            "privacy": {"epsilon": 8.0, "delta": 0.01},
+        }
+        plan |= changes
+        if plan["privacy"] is None:
+            plan["privacy"] = "none"
+        return StudyPlan.model_validate(plan)
+
+    return make

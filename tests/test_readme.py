@@ -1,0 +1,100 @@
+"""README's commands, typed word by word in a copy of the repository."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+REAL_DATA = ROOT.parent / "shared" / "data"
+LEFT_OUT = ("bash deploy/test.sh",)  # what runs these tests
+
+# The environment's Python; what it would install is installed, for it runs these tests.
+PYTHON = """#!/bin/sh
+if [ "$1 $2" = "-m pip" ]; then exit 0; fi
+exec {python} "$@"
+"""
+SCRIPT = """#!/bin/sh
+exec {python} -c "from {module} import main; main()" "$@"
+"""
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what git would clone, with an environment."""
+    copy = tmp_path / "consilium"
+    for name in ("server", "client", "common", "deploy"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    bin_ = copy / ".venv" / "bin"
+    bin_.mkdir(parents=True)
+    programs = {"python": PYTHON, "consilium-lab": SCRIPT, "consilium-site": SCRIPT}
+    for name, text in programs.items():
+        module = {"consilium-lab": "server.cli", "consilium-site": "client.cli"}.get(name, "")
+        (bin_ / name).write_text(text.format(python=sys.executable, module=module))
+        (bin_ / name).chmod(0o755)
+    return copy
+
+
+def run(line: str, checkout: Path, *, seconds: float) -> str:
+    path = f"{checkout / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(checkout)}
+    done = subprocess.run(
+        line, shell=True, cwd=checkout, env=environment, capture_output=True, text=True, timeout=seconds
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_readme_has_the_commands_of_every_user() -> None:
+    found = commands()
+    for start in ("bash deploy/demo.sh", "consilium-site ", "consilium-lab study check", "consilium-lab simulate"):
+        assert any(line.startswith(start) for line in found), start
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1].endswith(LEFT_OUT[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_work_as_they_stand(checkout: Path) -> None:
+    for line in commands():
+        if line not in LEFT_OUT and "hospitals" not in line:
+            printed = run(line, checkout, seconds=600)
+            if line == "bash deploy/demo.sh":
+                assert f"Report: {checkout / 'runs/demo/report.html'}" in printed
+                assert "PHANTOMS" in (checkout / "runs" / "demo" / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the real images are not beside this checkout, in ../shared/data")
+@pytest.mark.timeout(900)
+def test_the_real_study_s_commands_work_with_fewer_steps(checkout: Path) -> None:
+    """The same commands; a short warm start, and one round where the study has fifteen."""
+    (checkout.parent / "shared").symlink_to(REAL_DATA.parent)
+    make, pretrain, simulate = (line for line in commands() if "hospitals" in line)
+    run(make, checkout, seconds=300)
+    run(f"{pretrain} --steps 2", checkout, seconds=300)
+    plan = checkout / "deploy" / "studies" / "hospitals.yaml"
+    run(f"consilium-lab study check {plan}", checkout, seconds=60)
+    study = yaml.safe_load(plan.read_text())
+    study["rounds"] = 1
+    study["evaluation"] |= {"splits": 2, "draws": 1, "leave_one_out": [], "without_privacy": False, "compare": []}
+    plan.write_text(yaml.safe_dump(study))
+    run(simulate, checkout, seconds=600)
+    page = (checkout / "runs" / "hospitals" / "report.html").read_text()
+    assert "montgomery" in page
+    assert "PHANTOMS" not in page
