@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,7 +43,8 @@ def _show(report: SiteReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("label", "split", "patients", "images", title=f"{report.site} ({report.folder})")
+    counted = {"multilabel": "finding", "segmentation": "marked"}.get(report.kind, "label")
+    table = Table(counted, "split", "patients", "images", title=f"{report.site} ({report.folder})")
     for count in report.counts:
         table.add_row(count.label, count.split, str(count.patients), str(count.images))
     fewest, mean, most = report.images_per_patient
@@ -52,6 +54,8 @@ def _show(report: SiteReport) -> None:
         f"{report.images} images of {report.patients} patients ({report.training_patients} train); "
         f"{fewest} to {most} images per patient, mean {mean:g}; {report.masks} with a mask"
     )
+    for line in _known_details(report):
+        typer.echo(line)
     for note in report.notes:
         typer.secho(f"note: {note}", fg=typer.colors.YELLOW)
     for problem in report.problems:
@@ -60,6 +64,16 @@ def _show(report: SiteReport) -> None:
         typer.secho("fit for use", fg=typer.colors.GREEN)
     else:
         typer.secho(f"not fit for use: problems found: {len(report.problems)}", fg=typer.colors.RED, err=True)
+
+
+def _known_details(report: SiteReport) -> Iterator[str]:
+    """One line for each detail that is known of some image."""
+    for title, tally in (("modality", report.modalities), ("sex", report.sexes), ("scanner", report.scanners)):
+        if tally:
+            counts = ", ".join(f"{name or 'not known'} {count}" for name, count in tally.items())
+            yield f"{title}: {counts}"
+    if report.ages:
+        yield "age: {:g} to {:g} years".format(*report.ages)
 
 
 @app.command()

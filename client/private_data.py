@@ -6,21 +6,31 @@ a grant nothing is computed. An algorithm that holds nothing else is private by 
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from opacus import GradSampleModule
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from client.data.dataset import SiteData
 from client.grant import Grant
 from client.optimizer import PatientDPOptimizer, draw_patients, os_generator
+from common.algorithms.interface import ClassSums
+from common.augment import augment, augment_with_masks
+from common.episodes import Batch, Episode, MetaLoss, meta_gradients
 from common.errors import UnchargedQuery
-from common.models import HEAD, refuse_batch_norm
-from common.params import Params
+from common.learner import Learner
+from common.models import HEAD, Network, parameters, refuse_batch_norm
+from common.params import Params, zeros_like
 from common.tasks import Task
+
+_TOGETHER = 64  # episodes in one vmap on a GPU: the bound of its memory
 
 # Opacus hooks the first layer too, whose input (the images) needs no gradient.
 warnings.filterwarnings("ignore", message="Full backward hook is firing")
@@ -36,6 +46,10 @@ class Mechanism:
     batch: float  # B = q * declared N: a public constant, never a drawn or counted size
     max_images: int  # M per patient
     head_scale: float = 1.0  # the head's gradients are multiplied by it before clipping, divided after the noise
+    feature_clip: float = 2.0  # R: the longest feature vector in a class sum
+    episodes: int = 8  # m: a public constant, as are the modalities that the plan names
+    modalities: int = 0
+    views: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +59,10 @@ class Unprotected:
     sample_rate: float
     max_images: int
     seed: int
+    feature_clip: float = 2.0
+    episodes: int = 8
+    modalities: int = 0
+    views: int = 1
 
 
 class Patients:
@@ -54,18 +72,31 @@ class Patients:
     """
 
     def __init__(
-        self, data: SiteData, network: nn.Module, task: Task, *, device: str = "cpu", chunk_images: int = 256
+        self, data: SiteData, network: Network, task: Task, *, device: str = "cpu", chunk_images: int = 256
     ) -> None:
         refuse_batch_norm(network)
+        self.public = parameters(network)  # on the CPU, where algorithms compute
         self.data, self.network, self.task, self.device = data, network.to(device), task, device
         self.chunk_images = chunk_images  # bounds memory: images in one physical batch
         order = torch.argsort(data.patients, stable=True)
         _, counts = torch.unique_consecutive(data.patients[order], return_counts=True)
         self.images_of = torch.split(order, counts.tolist())  # row numbers of each patient
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images (n, C, H, W) and labels (n,) on the device."""
-        return self.data.normalised(rows).to(self.device), self.data.labels[rows].to(self.device)
+    def batch(self, rows: Tensor, generator: torch.Generator, *, views: int = 1) -> tuple[Tensor, Tensor]:
+        """Network inputs and targets on the device: with `views` above 1 so many random views of each row, view by
+        view; then whatever the task makes of them."""
+        inputs, targets = self.data.inputs(rows), self.data.targets[rows]
+        if views > 1 and len(rows):
+            inputs, targets = self._views(rows.repeat(views), generator)
+        return self.task.views(inputs.to(self.device), targets.to(self.device), generator)
+
+    def _views(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        images, targets = self.data.images[rows].float() / 255.0, self.data.targets[rows]
+        if self.data.kind == "segmentation":
+            images, targets = augment_with_masks(images, targets, generator)
+        else:
+            images = augment(images, generator)
+        return self.data.as_inputs(images * 255.0, rows), targets
 
     def draw(self, *, sample_rate: float, max_images: int, generator: torch.Generator) -> list[Tensor]:
         """Row numbers of each patient who joined, at most `max_images` of each, drawn at random."""
@@ -99,8 +130,10 @@ def _stack(chunk: list[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
 class PrivateDataset:
     """Private queries on one site's patients; see the module's docstring.
 
-    `gradient`  Poisson-subsampled Gaussian, patient level, sensitivity C
-    `score`     Poisson-subsampled Gaussian on per-patient means in [0, 1]
+    `gradient`          Poisson-subsampled Gaussian, patient level, sensitivity C
+    `episode_gradient`  the same over episodes, sensitivity 2 C
+    `class_sums`        the same on bounded features by class, sensitivity 1
+    `score`             the same on per-patient means in [0, 1]
     """
 
     def __init__(self, patients: Patients, mechanism: Mechanism | Unprotected, grant: Grant) -> None:
@@ -109,22 +142,66 @@ class PrivateDataset:
         if isinstance(mechanism, Unprotected):
             self._unprotected.manual_seed(mechanism.seed)
 
-    def gradient(self, params: Params) -> Params:
+    @property
+    def learner(self) -> Learner:
+        return Learner(self._patients.network, self._patients.task)
+
+    @property
+    def public(self) -> Params:
+        return self._patients.public
+
+    def gradient(self, params: Params, fixed: Params | None = None) -> Params:
         """Noisy mean over patients of the gradient of the task's loss at `params`; one entry per name.
 
-        All of the network's parameters that are not in `params` are held fixed.
+        All other parameters of the network are as in `fixed`, and else as the study began.
         """
-        self._grant.use()
-        network = self._patients.network
-        _load(network, params)
-        buffers = [buffer.clone() for buffer in network.buffers()]
-        if isinstance(self._mechanism, Unprotected):
-            gradient = self._plain_gradient(params)
-        else:
-            gradient = self._private_gradient(params, self._mechanism)
-        if any(not torch.equal(a, b) for a, b in zip(buffers, network.buffers(), strict=True)):
-            raise UnchargedQuery("a buffer of the network changed during a query: it would carry data out")
-        return gradient
+        with self._query(params, fixed):
+            if isinstance(self._mechanism, Unprotected):
+                return self._plain_gradient(params, self._mechanism)
+            return self._private_gradient(params, self._mechanism)
+
+    def episode_gradient(self, params: Params, meta_loss: MetaLoss, fixed: Params | None = None) -> Params:
+        """Noisy mean over m episodes of the gradient of `meta_loss` at `params`; one entry per name.
+
+        Every patient who joins picks one of the m episodes, and a side in it, independently of all others. All m
+        episodes contribute, one that cannot be used contributes 0, and each is clipped to C. So a patient moves one
+        episode from one clipped vector to another: sensitivity 2 C, noise std = 2 z C / m.
+        """
+        with self._query({}, None):
+            generator = self._generator()
+            episodes = self._episodes(generator)
+            known = {name: value.to(self._patients.device) for name, value in params.items()}
+            others = self.public | (fixed or {})
+            gradients = meta_gradients(
+                self.learner,
+                known,
+                {name: value.to(self._patients.device) for name, value in others.items() if name not in params},
+                episodes,
+                meta_loss,
+                together=_TOGETHER if self._patients.device != "cpu" else 1,
+            )
+            if isinstance(self._mechanism, Unprotected):
+                return _mean(gradients, params)
+            return self._noisy_sum_of_episodes(gradients, params, self._mechanism, generator)
+
+    def class_sums(self, params: Params) -> ClassSums:
+        """Noisy sums over patients of the means of their images' features by class, divided by B.
+
+        An image's vector is one-hot(label) x (f / R, 1) / sqrt(2) with f cut to norm R, so it has norm at most 1, and
+        so has a patient's mean: sensitivity 1, noise std = z / B in these coordinates.
+        """
+        with self._query(params, None):
+            generator = self._generator()
+            drawn = self._draw(generator)
+            radius = self._mechanism.feature_clip
+            total = torch.stack([self._class_vectors(*chunk, radius) for chunk in self._patients.chunks(drawn)]).sum(0)
+            noise = 0.0
+            if isinstance(self._mechanism, Mechanism):
+                noise = self._mechanism.noise_multiplier
+                total = total + torch.normal(0.0, noise, total.shape, generator=generator, dtype=total.dtype)
+            batch = self._mechanism.batch if isinstance(self._mechanism, Mechanism) else max(1, len(drawn))
+            scaled = (total * 2**0.5 / batch).float()
+            return ClassSums(scaled[:, :-1] * radius, scaled[:, -1], noise * 2**0.5 * radius / batch)
 
     def score(self, params: Params) -> float:
         """Noisy mean over patients of the task's score in [0, 1] at `params`, clamped to [0, 1].
@@ -134,36 +211,92 @@ class PrivateDataset:
         return float(self.statistic(params, self._patients.task.score)[0])
 
     def statistic(self, params: Params, fn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Noisy mean over patients of fn(logits, labels), (n,) or (n, k) in [0, 1], averaged inside the patient.
+        """Noisy mean over patients of fn(outputs, targets), (n,) or (n, k) in [0, 1], averaged inside the patient.
 
         Returns (k,) clamped to [0, 1]. Centred at 1/2 the sensitivity is sqrt(k)/2: noise std = z sqrt(k) / (2 B).
         """
+        with self._query(params, None):
+            generator = self._generator()
+            drawn = self._draw(generator)
+            sums = [self._centred_sum(*chunk, fn, generator) for chunk in self._patients.chunks(drawn)]
+            total = torch.stack(sums).sum(dim=0)
+            if isinstance(self._mechanism, Unprotected):
+                return (total / max(1, len(drawn)) + 0.5).float()
+            radius = total.numel() ** 0.5 / 2
+            noise = torch.normal(0.0, self._mechanism.noise_multiplier * radius, total.shape, generator=generator)
+            return ((total + noise) / self._mechanism.batch + 0.5).clamp(0.0, 1.0).float()
+
+    @contextmanager
+    def _query(self, params: Params, fixed: Params | None) -> Iterator[None]:
+        """One unit of the grant, the network at `params`, and no buffer of it changed."""
         self._grant.use()
         network = self._patients.network
-        _load(network, params)
-        generator = self._generator()
-        drawn = self._draw(generator)
-        sums = [self._centred_sum(rows, patient, fn) for rows, patient in self._patients.chunks(drawn)]
-        total = torch.stack(sums).sum(dim=0)
-        if isinstance(self._mechanism, Unprotected):
-            return (total / max(1, len(drawn)) + 0.5).float()
-        radius = total.numel() ** 0.5 / 2
-        noise = torch.normal(0.0, self._mechanism.noise_multiplier * radius, total.shape, generator=generator)
-        return ((total + noise) / self._mechanism.batch + 0.5).clamp(0.0, 1.0).float()
+        _load(network, self.public | (fixed or {}), params)
+        buffers = [buffer.clone() for buffer in network.buffers()]
+        yield
+        if any(not torch.equal(a, b) for a, b in zip(buffers, network.buffers(), strict=True)):
+            raise UnchargedQuery("a buffer of the network changed during a query: it would carry data out")
 
-    def _centred_sum(self, rows: Tensor, patient: Tensor, fn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def _centred_sum(
+        self, rows: Tensor, patient: Tensor, fn: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator
+    ) -> Tensor:
         """Sum over patients of (mean over the patient's images - 1/2), each clipped to norm sqrt(k)/2; float64 (k,)."""
-        images_in, labels = self._patients.batch(rows)
+        inputs, targets = self._patients.batch(rows, generator)
         with torch.no_grad():
-            values = fn(self._patients.network(images_in), labels).double().cpu()
+            values = fn(self._patients.network(inputs), targets).double().cpu()
         values = values.unsqueeze(1) if values.dim() == 1 else values
-        _, index, images = torch.unique(patient, return_inverse=True, return_counts=True)
-        means = torch.zeros(len(images), values.shape[1], dtype=torch.float64).index_add_(0, index, values - 0.5)
-        means = means / images.reshape(-1, 1)
-        norms = means.norm(dim=1, keepdim=True)
         radius = values.shape[1] ** 0.5 / 2
-        clipped = means * (radius / norms.clamp(min=radius))
-        return torch.where(torch.isfinite(norms), clipped, torch.zeros_like(means)).sum(dim=0)
+        return _sum_of_patients(values - 0.5, _repeated(patient, len(values)), radius)
+
+    def _class_vectors(self, rows: Tensor, patient: Tensor, radius: float) -> Tensor:
+        """Sum over patients of the means of their images' vectors, float64 (ways, F + 1); see `class_sums`."""
+        data = self._patients.data
+        with torch.no_grad():
+            features = self._patients.network.body(data.inputs(rows).to(self._patients.device)).double().cpu()
+        lengths = features.norm(dim=1, keepdim=True)
+        bounded = features / lengths.clamp(min=radius)
+        vectors = torch.cat([bounded, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1) / 2**0.5
+        of_class = one_hot(data.labels[rows], data.ways).double().unsqueeze(2) * vectors.unsqueeze(1)
+        return _sum_of_patients(of_class.flatten(1), patient, 1.0).reshape(data.ways, -1)
+
+    def _episodes(self, generator: torch.Generator) -> list[Episode]:
+        """The episodes that have patients on both sides, of the m that were to be filled.
+
+        Where the plan has M modalities, episode e is of modality e mod M: a patient brings the images of that one.
+        """
+        modalities, count = self._patients.data.modalities, self._mechanism.episodes
+        sides: dict[tuple[int, bool], list[Tensor]] = defaultdict(list)
+        for rows in self._draw(generator):
+            episode = int(torch.randint(count, (), generator=generator))
+            query = bool(torch.rand((), generator=generator) < 0.5)
+            if modalities is not None and self._mechanism.modalities:
+                rows = rows[modalities[rows] == episode % self._mechanism.modalities]
+            if len(rows):
+                sides[episode, query].append(rows)
+        usable = [n for n in range(count) if (n, False) in sides and (n, True) in sides]
+        return [Episode(*(self._side(sides[n, query], generator) for query in (False, True))) for n in usable]
+
+    def _side(self, drawn: list[Tensor], generator: torch.Generator) -> Batch:
+        """The patients' images as a batch in which all patients count alike."""
+        rows, patient = _stack(list(enumerate(drawn)))
+        inputs, targets = self._patients.batch(rows, generator, views=self._mechanism.views)
+        weights = 1.0 / torch.bincount(patient)[_repeated(patient, len(inputs))]
+        return Batch(inputs, targets, weights.to(inputs))
+
+    def _noisy_sum_of_episodes(
+        self, gradients: Iterator[Params], params: Params, mechanism: Mechanism, generator: torch.Generator
+    ) -> Params:
+        factors = {name: mechanism.head_scale if name.startswith(HEAD) else 1.0 for name in params}
+        total = {name: value.double() for name, value in zeros_like(params).items()}
+        for gradient in gradients:
+            scaled = {name: factors[name] * value.double().cpu() for name, value in gradient.items()}
+            clipped = clip_to(scaled, mechanism.clip)
+            total = {name: value + clipped[name] for name, value in total.items()}
+        std = 2 * mechanism.noise_multiplier * mechanism.clip
+        noisy = {
+            name: value + torch.normal(0.0, std, value.shape, generator=generator) for name, value in total.items()
+        }
+        return {name: (value / (factors[name] * mechanism.episodes)).float() for name, value in noisy.items()}
 
     def _generator(self) -> torch.Generator:
         return self._unprotected if isinstance(self._mechanism, Unprotected) else os_generator()
@@ -191,8 +324,13 @@ class PrivateDataset:
             )
             for number, (rows, patient) in enumerate(chunks):
                 optimizer.zero_grad()
-                self._losses(wrapped, rows).sum().backward()
-                optimizer.group(patient)
+                if len(rows):
+                    losses = self._losses(wrapped, rows, generator)
+                    losses.sum().backward()
+                    optimizer.group(_repeated(patient, len(losses)))
+                else:  # nobody joined; Opacus cannot go back through every layer then
+                    _set_no_rows(trained.values())
+                    optimizer.group(patient)
                 optimizer.signal_skip_step(do_skip=number < len(chunks) - 1)  # type: ignore[no-untyped-call]
                 optimizer.pre_step()
             gradients = _gradients(network, params)
@@ -201,32 +339,74 @@ class PrivateDataset:
         finally:
             wrapped.to_standard_module()
 
-    def _plain_gradient(self, params: Params) -> Params:
+    def _plain_gradient(self, params: Params, mechanism: Unprotected) -> Params:
         drawn = self._draw(self._generator())
         network = self._patients.network
         network.zero_grad()
         for rows, patient in self._patients.chunks(drawn):
-            images = torch.bincount(patient, minlength=len(drawn)).float()
-            weights = 1.0 / (images[patient] * max(1, len(drawn)))
-            (self._losses(network, rows) * weights.to(self._patients.device)).sum().backward()
+            losses = self._losses(network, rows, self._generator())
+            owner = _repeated(patient, len(losses))
+            views = torch.bincount(owner, minlength=len(drawn)).float()
+            weights = 1.0 / (views[owner] * max(1, len(drawn)))
+            (losses * weights.to(self._patients.device)).sum().backward()
         return _gradients(network, params)
 
-    def _losses(self, network: nn.Module, rows: Tensor) -> Tensor:
-        images, labels = self._patients.batch(rows)
-        return self._patients.task.loss(network(images), labels)
+    def _losses(self, network: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """One loss per view of each row."""
+        inputs, targets = self._patients.batch(rows, generator, views=self._mechanism.views)
+        return self._patients.task.loss(network(inputs), targets)
 
 
-def _load(network: nn.Module, params: Params) -> None:
-    """Put `params` into the network and let exactly these be trained."""
+def _set_no_rows(parameters: Iterable[nn.Parameter]) -> None:
+    """Per-image gradients of no image."""
+    for parameter in parameters:
+        parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
+
+
+def clip_to(params: Params, limit: float) -> Params:
+    """`params` (float64) cut to norm `limit` over all names together; all zero if any number is not finite."""
+    norm = sum(float(value.square().sum()) for value in params.values()) ** 0.5
+    if not math.isfinite(norm):
+        return zeros_like(params)
+    factor = min(1.0, limit / norm) if norm else 1.0
+    return {name: value * factor for name, value in params.items()}
+
+
+def _sum_of_patients(values: Tensor, patient: Tensor, radius: float) -> Tensor:
+    """Sum over patients of the mean of their rows of `values` (n, k), each cut to norm `radius`; one that is not finite
+    adds 0. float64 (k,)."""
+    _, index, rows = torch.unique(patient, return_inverse=True, return_counts=True)
+    means = torch.zeros(len(rows), values.shape[1], dtype=torch.float64).index_add_(0, index, values)
+    means = means / rows.reshape(-1, 1)
+    norms = means.norm(dim=1, keepdim=True)
+    clipped = means * (radius / norms.clamp(min=radius))
+    return torch.where(torch.isfinite(norms), clipped, torch.zeros_like(means)).sum(dim=0)
+
+
+def _repeated(patient: Tensor, rows: int) -> Tensor:
+    """The patient of each of `rows` views, which stand view by view."""
+    return patient.repeat(rows // max(1, len(patient)))
+
+
+def _mean(gradients: Iterator[Params], params: Params) -> Params:
+    """The plain mean; zero of none."""
+    total, count = zeros_like(params), 0
+    for gradient in gradients:
+        total, count = {name: value + gradient[name].cpu() for name, value in total.items()}, count + 1
+    return {name: value / max(1, count) for name, value in total.items()}
+
+
+def _load(network: nn.Module, others: Params, params: Params) -> None:
+    """Put `params` into the network and let exactly these be trained; all its other parameters are as in `others`."""
     known = dict(network.named_parameters())
     if unknown := params.keys() - known.keys():
         raise ValueError(f"the network has no parameters {sorted(unknown)}")
     network.train()
+    values = others | params
     with torch.no_grad():
         for name, parameter in known.items():
             parameter.requires_grad_(name in params)
-            if name in params:
-                parameter.copy_(params[name])
+            parameter.copy_(values[name])
 
 
 def _gradients(network: nn.Module, params: Params) -> Params:

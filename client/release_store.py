@@ -1,6 +1,7 @@
 """What a site released, round by round, so that a lost reply is sent again and never computed twice.
 
-A release and the head that stays at the site are one file: both are there after a crash, or neither.
+A release and what the site keeps of the round (its head, for one) are one file: after a crash both are there, or
+neither.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.params import Params, to_arrays, to_tensors
 from common.records import SiteReply
 
-_UPDATE, _HEAD = "update/", "head/"
+_UPDATE, _KEPT = "update/", "kept/"
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class ReleaseStore:
 
     folder: Path
 
-    def store(self, reply: SiteReply, head: Params) -> None:
+    def store(self, reply: SiteReply, kept: Params) -> None:
         """Write a release before it is sent."""
         tensors = {_UPDATE + name: value for name, value in to_tensors(reply.update).items()}
-        tensors |= {_HEAD + name: value for name, value in head.items()}
+        tensors |= {_KEPT + name: value for name, value in kept.items()}
         scalars = {f.name: getattr(reply, f.name) for f in fields(reply) if f.name != "update"}
         save_checkpoint(self._file(reply.round), tensors, {"reply": json.dumps(scalars)})
 
@@ -39,13 +40,13 @@ class ReleaseStore:
         tensors, metadata = load_checkpoint(self._file(round), None)
         return SiteReply(**json.loads(metadata["reply"]), update=to_arrays(_under(_UPDATE, tensors)))
 
-    def head_before(self, round: int) -> Params | None:
-        """The head that the last release before `round` left at the site, or None."""
+    def kept_before(self, round: int) -> Params | None:
+        """What the last release before `round` left at the site, or None."""
         earlier = [r for r in range(round - 1, 0, -1) if self._file(r).exists()]
         if not earlier:
             return None
         tensors, _ = load_checkpoint(self._file(earlier[0]), None)
-        return _under(_HEAD, tensors)
+        return _under(_KEPT, tensors)
 
     def _file(self, round: int) -> Path:
         return self.folder / f"round-{round:05d}.safetensors"

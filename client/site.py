@@ -24,6 +24,7 @@ def _stays_inside(value: str) -> str:
     return value
 
 
+Orientation = Literal["fixed", "free"]  # free: no up or left, as on slides: a quarter turn or flip changes nothing
 InsidePath = Annotated[str, AfterValidator(_stays_inside)]
 
 
@@ -42,6 +43,7 @@ class SiteConfig(Strict):
     npz: InsidePath | None = None  # images, labels, patient_ids; or MedMNIST's form
     label_map: dict[str, str] = {}  # the hospital's label -> the plan's label
     phantom: bool = False  # drawn images, no patient's
+    orientation: Orientation = "fixed"
     device: Literal["cpu", "cuda", "auto"] = "auto"
     state: InsidePath = "state"  # folder of the ledger and the stored releases
     budget: Budget

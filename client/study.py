@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
@@ -19,19 +20,20 @@ from client.site import SiteConfig
 from common.accounting import Event, PrivacyCost, plan_cost, queries_per_round
 from common.algorithms import ALGORITHMS
 from common.errors import BadInstruction, DataError, SiteUnfit
-from common.models import build_model, head_names, parameters, shared_names
-from common.params import Arrays, Params, digest, select, to_arrays, to_tensors, zeros_like
+from common.models import build_model, head_names, parameters
+from common.params import Arrays, Params, add, digest, select, to_arrays, to_tensors, zeros_like
 from common.plan import StudyPlan
-from common.tasks import TASKS
+from common.starting_point import starting, travelling
+from common.tasks import task_of
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the private queries of one round yield: all of it is charged, only the head stays."""
+    """What the private queries of one round yield: all of it is charged, and `kept` stays."""
 
     update: Arrays
     accuracy: float  # nan if the plan asks for none
-    head: Params
+    kept: Params
 
 
 @dataclass(frozen=True)
@@ -64,23 +66,22 @@ class Study:
         algorithm = ALGORITHMS[self.plan.algorithm.name]
         private = PrivateDataset(self.patients, self._mechanism(round), grant)
         start = to_tensors(shared)
-        head = (self.releases.head_before(round) if algorithm.keeps_head else None) or self.head
-        local = algorithm.local_update(start, head, private, self.plan.algorithm)
+        kept = (self.releases.kept_before(round) if algorithm.keeps else None) or self.head
+        local = algorithm.local_update(start, kept, private, self.plan.algorithm)
         accuracy = math.nan
         if grant.left:
-            adapted = {name: value + local.update[name] for name, value in start.items()}
-            accuracy = private.score(adapted | local.head)
-        return Outcome(update=to_arrays(local.update), accuracy=accuracy, head=local.head)
+            accuracy = private.score(self._of_network(add(start, local.update) | local.kept))
+        return Outcome(update=to_arrays(local.update), accuracy=accuracy, kept=local.kept)
+
+    def _of_network(self, params: Params) -> Params:
+        """Those that the network itself has."""
+        return {name: value for name, value in params.items() if name in self.patients.public}
 
     def _mechanism(self, round: int) -> Mechanism | Unprotected:
         if isinstance(self.mechanism, Mechanism):
             return self.mechanism
         seed = hashlib.sha256(f"{self.plan.digest}/{self.site}/{round}".encode()).digest()
-        return Unprotected(
-            sample_rate=self.mechanism.sample_rate,
-            max_images=self.mechanism.max_images,
-            seed=int.from_bytes(seed[:4], "big"),
-        )
+        return dataclasses.replace(self.mechanism, seed=int.from_bytes(seed[:4], "big"))
 
 
 def open_study(folder: Path, state: Path, config: SiteConfig, plan: StudyPlan, initial: Arrays) -> Study:
@@ -93,17 +94,16 @@ def open_study(folder: Path, state: Path, config: SiteConfig, plan: StudyPlan, i
         data = load_site(folder, plan, site=config.name).of_split("train")
     except DataError as error:
         raise SiteUnfit(str(error)) from None
-    network = build_model(plan.model, plan.task, ways=data.ways)
-    template = parameters(network)
-    head, cost = head_names(network, plan.model), plan_cost(plan, config.name)
-    _require_fit(initial, {name: value for name, value in template.items() if name not in head})
-    network.load_state_dict(template | to_tensors(initial))
+    network, cost = build_model(plan.model, plan.task, ways=data.ways), plan_cost(plan, config.name)
+    template, head = parameters(network), head_names(network, plan.model)
+    _require_fit(initial, starting(plan, network))
+    network.load_state_dict(template | {name: value for name, value in to_tensors(initial).items() if name in template})
     return Study(
         site=config.name,
         plan=plan,
         initial_digest=digest(initial),
-        patients=Patients(data, network, TASKS[plan.task.kind], device=_device(config.device)),
-        shared=select(template, shared_names(network, plan.model)),
+        patients=Patients(data, network, task_of(plan, config.name), device=_device(config.device)),
+        shared=travelling(plan, network),
         head=zeros_like(select(template, head)),
         mechanism=_mechanism(plan, cost),
         event=_event(plan, cost),
@@ -122,7 +122,12 @@ def _device(wanted: str) -> str:
 def _mechanism(plan: StudyPlan, cost: PrivacyCost | None) -> Mechanism | Unprotected:
     if plan.privacy is None or cost is None:
         return Unprotected(
-            sample_rate=plan.sampling.sample_rate, max_images=plan.sampling.max_images_per_patient, seed=0
+            sample_rate=plan.sampling.sample_rate,
+            max_images=plan.sampling.max_images_per_patient,
+            episodes=plan.algorithm.episodes,
+            modalities=len(plan.task.modalities),
+            views=plan.sampling.views,
+            seed=0,
         )
     return Mechanism(
         sample_rate=cost.sample_rate,
@@ -131,6 +136,10 @@ def _mechanism(plan: StudyPlan, cost: PrivacyCost | None) -> Mechanism | Unprote
         batch=cost.expected_batch,
         max_images=plan.sampling.max_images_per_patient,
         head_scale=plan.privacy.head_scale,
+        feature_clip=plan.privacy.feature_clip,
+        episodes=plan.algorithm.episodes,
+        modalities=len(plan.task.modalities),
+        views=plan.sampling.views,
     )
 
 

@@ -74,7 +74,7 @@ class Worker:
         grant = study.charge(instruction.round)
         outcome = study.query(instruction.round, instruction.shared, grant)
         reply = self._reply(study, instruction.round, outcome, grant, seconds=time.monotonic() - started)
-        study.releases.store(reply, outcome.head)
+        study.releases.store(reply, outcome.kept)
         return reply
 
     def _verified(self, instruction: TrainInstruction) -> Study:

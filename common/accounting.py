@@ -103,8 +103,7 @@ def queries_per_round(plan: StudyPlan) -> int:
     from common.algorithms import ALGORITHMS
 
     queries = ALGORITHMS[plan.algorithm.name].queries_per_round(plan.algorithm)
-    monitored = plan.privacy is not None and plan.privacy.monitor and queries > 0
-    return queries + int(monitored)
+    return queries + int(plan.monitored and queries > 0)
 
 
 def plan_cost(plan: StudyPlan, site: str) -> PrivacyCost | None:

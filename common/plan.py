@@ -12,10 +12,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from common.errors import PlanError, UsageError
-from common.plan_rules import RULES
+from common.plan_rules import EPISODIC, RULES
 from common.validation import Inconsistent, Mistake, Strict, broken_rules, valid_fields, validate
 from common.yaml_lines import read_yaml
 
@@ -43,9 +43,10 @@ def _none_if_said(value: Any) -> Any:
 
 
 def _require_proximal(name: str, proximal: float) -> None:
-    if (proximal > 0) != (name == "fedprox"):
+    if (proximal > 0) != (name in _PULLED):
         what = f"proximal is {proximal:g} and name is {name!r}"
-        raise Inconsistent([Mistake(("proximal",), what, "it must be above 0 for fedprox, and is for fedprox only")])
+        among = " and ".join(_PULLED)
+        raise Inconsistent([Mistake(("proximal",), what, f"it must be above 0 for {among}, and is for them only")])
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -53,30 +54,72 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, AfterValidator(_well_named)]
 Label = Annotated[str, Field(min_length=1)]
-AlgorithmName = Literal["reptile", "fomaml", "fedavg", "fedprox", "local_only"]
+Labels = Annotated[list[Label], Field(min_length=1)]
+Trainable = Literal["all", "film", "head", "mapping"]
+AlgorithmName = Literal[
+    "reptile",
+    "fomaml",
+    "maml",
+    "anil",
+    "metasgd",
+    "protonet",
+    "prototypes",
+    "mapping",
+    "fedavg",
+    "fedprox",
+    "mrmtl",
+    "local_only",
+    "transfer",
+]
+TaskKind = Literal["classification", "multilabel", "segmentation", "anomaly"]
+_PULLED = ("fedprox", "mrmtl")
 
 
 class TaskSpec(Strict):
-    """What the images are and which labels exist."""
+    """What the images are and which labels exist.
 
-    kind: Literal["classification"]
+    The first label of a segmentation is the background, that of an anomaly study is healthy.
+    """
+
+    kind: TaskKind
     image_size: Annotated[Literal[16, 28, 32, 48, 64, 96, 128, 224], BeforeValidator(_whole)] = 64  # pixels, square
     channels: Annotated[Literal[1, 3], BeforeValidator(_whole)] = 1
     label_sets: dict[Name, list[Label]] = Field(min_length=1)  # label space by name; order gives the class index
+    modalities: list[Label] = []  # the network's normalisation layers are conditioned on them
 
     @field_validator("label_sets")
     @classmethod
-    def _labels(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+    def _labels(cls, value: dict[str, list[str]], others: ValidationInfo) -> dict[str, list[str]]:
         mistakes = []
         for name, labels in value.items():
-            if len(labels) < 2:
+            if len(labels) < (1 if others.data.get("kind") == "multilabel" else 2):
                 mistakes.append(Mistake((name,), f"task.label_sets.{name} is {labels}", "give at least two labels"))
             for index, label in enumerate(labels):
+                if others.data.get("kind") == "multilabel" and (label == "none" or "|" in label):
+                    what = f"task.label_sets.{name} names a finding {label!r}"
+                    mistakes.append(Mistake((name, index), what, "'none' says no finding, '|' separates two"))
                 if label in labels[:index]:
                     mistakes.append(Mistake((name, index), f"task.label_sets.{name} names {label!r} twice", "keep one"))
         if mistakes:
             raise Inconsistent(mistakes)
         return value
+
+
+class RowFilter(Strict):
+    """Which images make up a task: those whose known details match; None matches any, known or not."""
+
+    modality: Labels | None = None
+    sex: Labels | None = None
+    scanner: Labels | None = None
+    min_age: Annotated[float, Field(ge=0)] | None = None  # years
+    max_age: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _some_age(self) -> RowFilter:
+        if self.min_age is not None and self.max_age is not None and self.min_age > self.max_age:
+            what = f"min_age {self.min_age:g} is above max_age {self.max_age:g}"
+            raise Inconsistent([Mistake(("min_age",), what, "no patient is both")])
+        return self
 
 
 class SiteSpec(Strict):
@@ -85,29 +128,41 @@ class SiteSpec(Strict):
     labels: str  # a key of task.label_sets
     patients: PositiveInt  # declared and public: N, the enrolled patients whose images train
     role: Literal["train", "held_out"] = "train"
+    where: RowFilter | None = None  # a personalised task: only these images
+    prevalence: list[Fraction] | None = None  # declared and public share of each label; rarer labels then weigh more
+
+    @field_validator("prevalence")
+    @classmethod
+    def _sums_to_one(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and abs(sum(value) - 1) > 0.01:
+            raise ValueError(f"the shares sum to {sum(value):g}; they must sum to 1")
+        return value
 
 
 class ModelSpec(Strict):
     """The network; GroupNorm only (BatchNorm mixes patients)."""
 
-    name: Literal["conv4", "resnet"] = "conv4"
+    name: Literal["conv4", "resnet", "unet", "autoencoder"] = "conv4"
     width: Annotated[int, Field(ge=8, le=256, multiple_of=8)] = 32
-    trainable: Literal["all", "film", "head"] = "film"  # film: GroupNorm scale and shift
+    trainable: Trainable = "film"  # film: GroupNorm scale and shift; mapping: the network that sets them
     head: Literal["site", "shared"] = "site"
     warm_start: str | None = None  # safetensors file, relative to the plan's folder
 
 
 class AlgorithmSpec(Strict):
-    """The inner loop at a site; `common.algorithms` has one file per name."""
+    """What a site does in a round; `common.algorithms` has one file per name."""
 
     name: AlgorithmName = "reptile"
     inner_steps: Annotated[int, Field(ge=1, le=100)] = 5
     inner_lr: PositiveFloat = 0.1
     head_lr: PositiveFloat | None = None  # None: inner_lr
-    proximal: Annotated[float, Field(ge=0)] = 0.0  # FedProx's mu
+    proximal: Annotated[float, Field(ge=0)] = 0.0  # the pull to the shared parameters: FedProx's mu, MR-MTL's lambda
+    meta_steps: Annotated[int, Field(ge=1, le=100)] = 2  # meta-gradients a round, where the gradient is an episode's
+    meta_lr: PositiveFloat = 0.1  # their rate
+    episodes: Annotated[int, Field(ge=1, le=1000)] = 8  # m of an episode query; each joining patient is in one
 
     @model_validator(mode="after")
-    def _proximal_only_for_fedprox(self) -> AlgorithmSpec:
+    def _proximal_only_where_pulled(self) -> AlgorithmSpec:
         _require_proximal(self.name, self.proximal)
         return self
 
@@ -118,7 +173,7 @@ class OuterSpec(Strict):
     optimizer: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
     lr: PositiveFloat = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # momentum; beta1 of adam and yogi
-    weights: Literal["equal", "patients", "precision"] = "equal"  # precision: B^2/z^2
+    weights: Literal["equal", "patients", "precision", "score"] = "equal"  # precision: B^2/z^2; score: model weighting
 
 
 class SamplingSpec(Strict):
@@ -126,6 +181,7 @@ class SamplingSpec(Strict):
 
     sample_rate: Fraction = 0.2  # q: each patient joins independently with this probability
     max_images_per_patient: PositiveInt = 4  # M
+    views: Annotated[int, Field(ge=1, le=16)] = 1  # random views of each image, averaged inside the patient; 1: none
 
 
 class PrivacySpec(Strict):
@@ -136,6 +192,7 @@ class PrivacySpec(Strict):
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None  # None ("auto"): 1/(10 N) of each site
     clip: PositiveFloat = 1.0
     head_scale: PositiveFloat = 1.0  # below 1 the body gets more of the clip, and the head more noise
+    feature_clip: PositiveFloat = 2.0  # the longest feature vector that enters a class sum
     noise_multiplier: PositiveFloat | None = None  # None: solved from epsilon
     monitor: bool = True  # one more query a round: the private accuracy behind the learning curve
 
@@ -158,26 +215,38 @@ class ComparisonSpec(Strict):
     """Another algorithm that the study is measured against; what is left out is as in the study itself."""
 
     name: AlgorithmName
+    label: Name | None = None  # of its arm; the algorithm's name, if left out
     inner_steps: Annotated[int, Field(ge=1, le=100)] | None = None
     inner_lr: PositiveFloat | None = None
     head_lr: PositiveFloat | None = None
     proximal: Annotated[float, Field(ge=0)] = 0.0
+    meta_steps: Annotated[int, Field(ge=1, le=100)] | None = None
+    meta_lr: PositiveFloat | None = None
+    episodes: Annotated[int, Field(ge=1, le=1000)] | None = None
+    trainable: Trainable | None = None  # of the model
     outer: OuterSpec | None = None
+    adaptation: AdaptationSpec | None = None
 
     @model_validator(mode="after")
-    def _proximal_only_for_fedprox(self) -> ComparisonSpec:
+    def _proximal_only_where_pulled(self) -> ComparisonSpec:
         _require_proximal(self.name, self.proximal)
         return self
 
+    @property
+    def arm(self) -> str:
+        return self.label or self.name
+
+    def model(self, own: ModelSpec) -> ModelSpec:
+        """The network that it trains, beside a study with the network `own`."""
+        usual: Trainable = "film" if own.trainable == "mapping" else own.trainable
+        trainable = "mapping" if self.name == "mapping" else usual
+        return own.model_copy(update={"trainable": self.trainable or trainable})
+
     def algorithm(self, own: AlgorithmSpec) -> AlgorithmSpec:
         """The settings that it runs with, beside a study with the settings `own`."""
-        return AlgorithmSpec(
-            name=self.name,
-            inner_steps=self.inner_steps or own.inner_steps,
-            inner_lr=self.inner_lr or own.inner_lr,
-            head_lr=self.head_lr or own.head_lr,
-            proximal=self.proximal,
-        )
+        settings = own.model_dump() | {"name": self.name, "proximal": self.proximal}
+        given = {name: getattr(self, name) for name in settings}
+        return AlgorithmSpec(**settings | {name: value for name, value in given.items() if value is not None})
 
 
 def _from_names(value: Any) -> Any:
@@ -187,13 +256,16 @@ def _from_names(value: Any) -> Any:
 class EvaluationSpec(Strict):
     """What a simulation measures after the last round, and against what."""
 
-    shots: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)
+    shots: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)  # images per class; segmentation: images
     splits: Annotated[int, Field(ge=2, le=50)] = 5  # random splits of a site's patients into support and query pools
     draws: Annotated[int, Field(ge=1, le=100)] = 4  # support sets drawn in each split
     adaptation: AdaptationSpec = AdaptationSpec()
     compare: Annotated[list[ComparisonSpec], BeforeValidator(_from_names)] = [ComparisonSpec(name="fedavg")]
     without_privacy: bool = False
+    ceiling: bool = True  # also train on every support patient: what could be reached at all
     leave_one_out: list[str] = []  # sites left out in turn, each in a federation of its own
+    subgroups: dict[Name, RowFilter] = {}  # personalised tasks: measured at every target that has such images
+    fuse: Literal["image", "patient"] = "image"  # patient: one answer for each, fused late over images and modalities
     curve_points: Annotated[int, Field(ge=0, le=20)] = 4  # checkpoints evaluated for the learning curve
 
     @property
@@ -227,6 +299,12 @@ class StudyPlan(Strict):
         if mistakes:
             raise Inconsistent(mistakes)
         return self
+
+    @property
+    def monitored(self) -> bool:
+        """Whether a site's reply carries a private score of the adapted parameters; episodes leave none to score."""
+        wanted = self.outer.weights == "score" if self.privacy is None else self.privacy.monitor
+        return wanted and self.algorithm.name not in EPISODIC
 
     @property
     def training_sites(self) -> tuple[str, ...]:

@@ -12,10 +12,22 @@ from typing import TYPE_CHECKING
 from common.validation import Mistake, nearest
 
 if TYPE_CHECKING:
-    from common.plan import EvaluationSpec, ModelSpec, OuterSpec, PrivacySpec, SiteSpec
+    from common.plan import AlgorithmSpec, EvaluationSpec, ModelSpec, OuterSpec, PrivacySpec, SiteSpec, TaskSpec
 
 Sites = Mapping[str, "SiteSpec"]
 LabelSets = Mapping[str, list[str]]
+
+_NETWORKS = {
+    "classification": ("conv4", "resnet"),
+    "multilabel": ("conv4", "resnet"),
+    "segmentation": ("unet",),
+    "anomaly": ("conv4", "resnet", "autoencoder"),
+}
+_CLASSES_ONLY = ("protonet", "prototypes", "mapping")
+EPISODIC = ("maml", "anil", "metasgd", "protonet")  # their gradients are of whole episodes
+UNSCORED = (*EPISODIC, "local_only", "transfer")  # adapt nothing at a site that a private query could score
+_ARMS = ("meta", "random", "ceiling")  # what every report has
+_ASKS_NOTHING = ("local_only", "transfer")
 
 
 def labels_are_known(label_sets: LabelSets, known_sites: Sites) -> Iterator[Mistake]:
@@ -60,7 +72,7 @@ def head_is_trainable(model: ModelSpec) -> Iterator[Mistake]:
 def shared_head_fits(model: ModelSpec, label_sets: LabelSets, sites: Sites) -> Iterator[Mistake]:
     """A shared head has one number of labels, at every site that trains it or starts from it."""
     ways = {site.labels: len(label_sets.get(site.labels, ())) for site in sites.values()}
-    if model.head == "shared" and len(set(ways.values())) > 1:
+    if model.head == "shared" and model.name != "autoencoder" and len(set(ways.values())) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in ways.items())
         what = f"model.head is 'shared', but the sites differ in their number of labels: {counts}"
         yield Mistake(("model", "head"), what, "use 'site', or label sets of one size")
@@ -73,6 +85,90 @@ def precision_has_noise(outer: OuterSpec, privacy: PrivacySpec | None) -> Iterat
         yield Mistake(("outer", "weights"), what, "use 'equal' or 'patients'")
 
 
+def score_is_asked_for(outer: OuterSpec, privacy: PrivacySpec | None, algorithm: AlgorithmSpec) -> Iterator[Mistake]:
+    """Weights by score need the query that releases it, and adapted parameters to score."""
+    if outer.weights != "score":
+        return
+    if privacy is not None and not privacy.monitor:
+        what = "outer.weights is 'score', but privacy.monitor is false: no score is released"
+        yield Mistake(("outer", "weights"), what, "set privacy.monitor: true (one more query a round)")
+    if algorithm.name in UNSCORED:
+        what = f"outer.weights is 'score', but {algorithm.name} adapts nothing at the site that could be scored"
+        yield Mistake(("outer", "weights"), what, "use another rule, or an algorithm as reptile or fedavg")
+
+
+def network_fits_task(model: ModelSpec, task: TaskSpec) -> Iterator[Mistake]:
+    """U-Net segments, an autoencoder finds anomalies, Conv-4 and ResNet do the rest."""
+    allowed = _NETWORKS[task.kind]
+    if model.name not in allowed:
+        what = f"model.name is {model.name!r}, but task.kind is {task.kind!r}"
+        yield Mistake(("model", "name"), what, f"use {' or '.join(allowed)}")
+    elif model.name == "autoencoder" and model.head == "site":
+        what = "model.head is 'site', but an autoencoder's last layer draws the image and belongs to no task"
+        yield Mistake(("model", "head"), what, "set model.head: shared")
+
+
+def algorithm_fits(algorithm: AlgorithmSpec, model: ModelSpec, task: TaskSpec) -> Iterator[Mistake]:
+    """Prototypes need classes, the mapping network needs its algorithm, and the algorithm the network."""
+    yield from _algorithm_fits(algorithm.name, model.trainable, task, ("algorithm", "name"))
+
+
+def comparisons_fit(evaluation: EvaluationSpec, model: ModelSpec, task: TaskSpec) -> Iterator[Mistake]:
+    """The same for what the study is compared with; and each has an arm of its own."""
+    arms: set[str] = set()
+    for index, other in enumerate(evaluation.compare):
+        location = ("evaluation", "compare", index)
+        yield from _algorithm_fits(other.name, other.model(model).trainable, task, location)
+        if other.arm in _ARMS:
+            what = f"evaluation.compare labels an arm {other.arm!r}, which is the name of another one"
+            yield Mistake(location, what, "give another 'label'")
+        if other.arm in arms:
+            yield Mistake(location, f"evaluation.compare names {other.arm!r} twice", "give one of them another 'label'")
+        arms.add(other.arm)
+
+
+def modalities_fit(algorithm: AlgorithmSpec, model: ModelSpec, task: TaskSpec) -> Iterator[Mistake]:
+    """Conv-4 and ResNet can be conditioned on modalities, and each has an episode at least."""
+    if not task.modalities:
+        return
+    if model.name not in ("conv4", "resnet"):
+        what = f"task.modalities names {len(task.modalities)}, but a {model.name} is not conditioned on them"
+        yield Mistake(("task", "modalities"), what, "leave them out, or use conv4 or resnet")
+    if algorithm.episodes < len(task.modalities):
+        what = f"algorithm.episodes is {algorithm.episodes}, for {len(task.modalities)} modalities"
+        yield Mistake(("algorithm", "episodes"), what, "give at least one episode for each modality")
+
+
+def fusion_fits(evaluation: EvaluationSpec, task: TaskSpec) -> Iterator[Mistake]:
+    """Answers about pixels are not fused over images."""
+    if evaluation.fuse == "patient" and task.kind == "segmentation":
+        what = "evaluation.fuse is 'patient', but a mask belongs to its image"
+        yield Mistake(("evaluation", "fuse"), what, "use 'image'")
+
+
+def prevalence_fits(label_sets: LabelSets, known_sites: Sites, task: TaskSpec) -> Iterator[Mistake]:
+    """One share for each label of the site's own set, in classification."""
+    for name, site in known_sites.items():
+        if site.prevalence is None:
+            continue
+        labels = label_sets.get(site.labels, ())
+        location = ("sites", name, "prevalence")
+        if task.kind != "classification":
+            yield Mistake(location, f"task.kind is {task.kind!r}", "leave it out: only classification weighs classes")
+        elif len(site.prevalence) != len(labels):
+            what = f"{len(site.prevalence)} shares for {len(labels)} labels"
+            yield Mistake(location, what, f"give one for each of: {', '.join(labels)}")
+
+
+def _algorithm_fits(name: str, trainable: str, task: TaskSpec, location: tuple[str | int, ...]) -> Iterator[Mistake]:
+    if name in _CLASSES_ONLY and task.kind != "classification":
+        what = f"{name} compares images with class means, but task.kind is {task.kind!r}"
+        yield Mistake(location, what, "use another algorithm, as reptile")
+    elif (name == "mapping") != (trainable == "mapping") and name not in _ASKS_NOTHING:
+        what = f"algorithm {name} with trainable {trainable!r}"
+        yield Mistake(location, what, "'mapping' is both the algorithm and what it trains: set both, or neither")
+
+
 RULES = (
     labels_are_known,
     quorum_is_reachable,
@@ -80,6 +176,13 @@ RULES = (
     head_is_trainable,
     shared_head_fits,
     precision_has_noise,
+    score_is_asked_for,
+    network_fits_task,
+    algorithm_fits,
+    comparisons_fit,
+    modalities_fit,
+    fusion_fits,
+    prevalence_fits,
 )
 
 

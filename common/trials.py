@@ -21,11 +21,12 @@ class Trial:
     target: str  # the site
     kind: Kind
     ways: int
+    chance: float  # the lead metric by guessing (`common.metrics.chance_of`)
     arm: str  # where the adaptation started
-    shots: int  # images per class; 0 for the ceiling
+    shots: int  # labelled images, counted in `shots_unit`; 0 for the ceiling
     split: int
     draw: int
-    metrics: Mapping[str, float]  # common.metrics.METRICS; nan where the query pool cannot tell
+    metrics: Mapping[str, float]  # `common.metrics.metrics_of` the task; nan where the query pool cannot tell
     note: str = ""  # what was not as planned: a class with too few images
 
 
@@ -36,6 +37,12 @@ class Estimate:
     mean: float
     low: float
     high: float
+
+
+def shots_unit(kind: str, *, count: int = 2) -> str:
+    """What shots count in a kind of task: 'images per class', or 'image per class' for a count of 1."""
+    unit, rest = {"segmentation": ("image", ""), "anomaly": ("healthy image", "")}.get(kind, ("image", " per class"))
+    return f"{unit}{'' if count == 1 else 's'}{rest}"
 
 
 def split_means(values: Iterable[tuple[int, float]]) -> dict[int, float]:

@@ -19,11 +19,14 @@ from common.records import SiteReply
 
 Template = Mapping[str, Sequence[int]]  # name -> shape
 
+_LEAST_SCORE = 0.01
+
 
 def site_weights(plan: StudyPlan, sites: Iterable[str]) -> dict[str, float]:
     """The sites' weights by the plan's rule, summing to 1.
 
-    equal: 1; patients: declared N; precision: B^2/z^2 with B = q N, the inverse variance of the noise in G.
+    equal: 1; patients: declared N; precision: B^2/z^2 with B = q N, the inverse variance of the noise in G; score: 1,
+    to be multiplied by the score that the site releases with its update (`weight_of`).
     """
     raw = {name: _raw_weight(plan, name) for name in sites}
     total = math.fsum(raw.values())
@@ -31,7 +34,7 @@ def site_weights(plan: StudyPlan, sites: Iterable[str]) -> dict[str, float]:
 
 
 def _raw_weight(plan: StudyPlan, site: str) -> float:
-    if plan.outer.weights == "equal":
+    if plan.outer.weights in ("equal", "score"):
         return 1.0
     if plan.outer.weights == "patients":
         return float(plan.sites[site].patients)
@@ -39,6 +42,14 @@ def _raw_weight(plan: StudyPlan, site: str) -> float:
     if cost is None or math.isinf(cost.noise_multiplier):  # no noise, at no site
         return 1.0
     return (cost.expected_batch / cost.noise_multiplier) ** 2
+
+
+def weight_of(plan: StudyPlan, reply: SiteReply, weight: float) -> float:
+    """Model weighting: a site whose adapted parameters answer its own query patients better counts more.
+
+    The score is a private statistic in [0, 1] that the site was charged for; noise may have made it 0.
+    """
+    return weight * max(reply.accuracy, _LEAST_SCORE) if plan.outer.weights == "score" else weight
 
 
 class RunningMean:
@@ -64,8 +75,13 @@ class RunningMean:
         return {name: (total / self._weight).float() for name, total in self._sum.items()}
 
 
-def reason_to_reject(reply: SiteReply, *, site: str, plan_digest: str, round: int, template: Template) -> str | None:
-    """Why this reply may not enter the mean, without any of its values; None if it may."""
+def reason_to_reject(
+    reply: SiteReply, *, site: str, plan_digest: str, round: int, template: Template, scored: bool = False
+) -> str | None:
+    """Why this reply may not enter the mean, without any of its values; None if it may.
+
+    `scored`: its weight is its score, which must be there.
+    """
     if reply.site != site:
         return "the reply names another site"
     if reply.plan_digest != plan_digest:
@@ -74,6 +90,8 @@ def reason_to_reject(reply: SiteReply, *, site: str, plan_digest: str, round: in
         return f"the reply is for round {reply.round}"
     if not (_is_amount(reply.epsilon) and _is_amount(reply.seconds)) or math.isinf(reply.accuracy):
         return "epsilon, seconds or accuracy is not a finite number"
+    if scored and not 0 <= reply.accuracy <= 1:
+        return "the reply has no score between 0 and 1, which would be its weight"
     if reply.update.keys() != template.keys():
         names = sorted(reply.update.keys() ^ template.keys())
         return f"the update's names differ from the shared parameters' in {len(names)}, as {names[0][:80]!r}"

@@ -39,6 +39,13 @@ class Form(StrEnum):
     png = "png"
 
 
+class Orientation(StrEnum):
+    """Whether images have an up and a left."""
+
+    fixed = "fixed"
+    free = "free"
+
+
 class EngineName(StrEnum):
     """What a simulation runs on."""
 
@@ -119,6 +126,10 @@ def sites_make(
     limit_per_class: Annotated[int | None, typer.Option(help="At most so many images per label.")] = None,
     form: Annotated[Form, typer.Option("--format", help="One npz, or PNGs beside a manifest.csv.")] = Form.npz,
     seed: Annotated[int, typer.Option(help="Which patients go where.")] = 0,
+    masked_only: Annotated[bool, typer.Option("--masked-only", help="Leave out images without a mask.")] = False,
+    orientation: Annotated[
+        Orientation, typer.Option(help="free: no up or left, as on slides; then views turn.")
+    ] = Orientation.fixed,
 ) -> None:
     """Cut npz files into site folders; a patient is never in two splits or two sites."""
     from server.simulation import make_sites
@@ -136,6 +147,9 @@ def sites_make(
         limit_per_class=limit_per_class,
         seed=seed,
         format=form.value,
+        masked_only=masked_only,
+        orientation=orientation.value,
+        say=typer.echo,
     )
     _list_sites(folders)
 
@@ -174,12 +188,14 @@ def pretrain(
     out: Annotated[Path | None, typer.Option(help="The file to write; left out, the plan's warm_start.")] = None,
     avoid: Annotated[Path | None, typer.Option(help="Site folders none of whose images may be used.")] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 1200,
+    meta_steps: Annotated[int, typer.Option(help="Steps of meta-training after them.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Initial values, batches and views.")] = 0,
 ) -> None:
     """Train a warm start on public images, without privacy: they have none to lose."""
     from server.warm_start import make_warm_start
 
-    typer.echo(f"Warm start: {make_warm_start(file, sites, out, avoid=avoid, steps=steps, seed=seed)}")
+    written = make_warm_start(file, sites, out, avoid=avoid, steps=steps, meta_steps=meta_steps, seed=seed)
+    typer.echo(f"Warm start: {written}")
 
 
 @app.command("simulate")

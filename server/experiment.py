@@ -24,21 +24,26 @@ import torch
 from common.accounting import queries_per_round
 from common.errors import DataError, Problem, UsageError
 from common.files import write_atomically
+from common.metrics import lead_metric
 from common.params import Params
-from common.plan import StudyPlan, plan_from_json
+from common.plan import OuterSpec, RowFilter, StudyPlan, plan_from_json
+from common.plan_rules import UNSCORED
 from common.records import software_version
 from common.trials import CEILING, RANDOM, Kind, Trial, mean
 from server.measurements import Measurement, measure_all
 from server.observer import Observer
 from server.report import write_metrics, write_report
-from server.results import META, CurvePoint, Example, Federation, StudyResults
+from server.results import META, CurvePoint, Example, Federation, Picture, StudyResults
 from server.run_folder import final_parameters, run_history
 from server.simulation import (
     Engine,
     SimulatedData,
+    SiteData,
     draw_phantoms,
     load_simulated,
+    personal_parameters,
     run_federation,
+    sights,
     site_folders,
 )
 from server.simulation import Federation as Simulated
@@ -48,6 +53,7 @@ from server.summary import WITHOUT_PRIVACY
 
 PLAN, METRICS, REPORT = "plan.json", "metrics.json", "report.html"
 _EXAMPLES_PER_LABEL = 2
+_PICTURED_TARGETS, _PICTURES = 2, 3  # targets; images of each
 _LIBRARIES = ("flwr", "torch", "opacus", "dp-accounting")
 
 
@@ -84,12 +90,25 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Target:
+    """Whom starts are measured at: new patients of a site, or those of them in a subgroup of the plan."""
+
+    site: str
+    kind: Kind
+    subgroup: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.site}/{self.subgroup}" if self.subgroup else self.site
+
+
+@dataclass(frozen=True)
 class Fold:
     """The study, or the study without one of its hospitals; and at whom its starts are measured."""
 
     left_out: str | None
     arms: tuple[Arm, ...]
-    targets: tuple[tuple[str, Kind], ...]
+    targets: tuple[Target, ...]
 
     @property
     def name(self) -> str:
@@ -101,7 +120,7 @@ class Experiment:
     """Everything that a simulated study needs; `out` is its run folder."""
 
     plan: StudyPlan
-    initial: Params
+    plan_folder: Path  # its warm start is relative to this
     site_folders: Mapping[str, Path]
     data: Mapping[str, SimulatedData]  # of the sites whose files are good
     remarks: tuple[str, ...]  # what is wrong with the others
@@ -117,8 +136,22 @@ class Experiment:
             if name in self.plan.training_sites:
                 yield Fold(name, arms_of(without_site(self.plan, name)), self._measurable((name,), "held-out site"))
 
-    def _measurable(self, names: Iterable[str], kind: Kind) -> tuple[tuple[str, Kind], ...]:
-        return tuple((name, kind) for name in names if name in self.data and self.data[name].measurable(kind))
+    def _measurable(self, names: Iterable[str], kind: Kind) -> tuple[Target, ...]:
+        """Those that have enough images, each whole and by subgroup."""
+        targets = [
+            Target(name, kind, subgroup)
+            for name in names
+            if name in self.data
+            for subgroup in (None, *self.plan.evaluation.subgroups)
+        ]
+        return tuple(t for t in targets if self.data[t.site].measurable(kind, self._where(t)))
+
+    def rows(self, target: Target) -> SiteData:
+        """What is measured on."""
+        return self.data[target.site].evaluated(target.kind, self._where(target))
+
+    def _where(self, target: Target) -> RowFilter | None:
+        return self.plan.evaluation.subgroups[target.subgroup] if target.subgroup else None
 
     def folder(self, fold: Fold, arm: Arm) -> Path:
         return self.out / "federations" / fold.name / _file_name(arm.name)
@@ -157,15 +190,16 @@ def open_experiment(
             remarks += [f"{name}: {problem}" for problem in error.problems]
             continue
         if site.role == "held_out" and not data[name].measurable("held-out site"):
-            remarks.append(f"{name}: fewer than two patients or two labels, so nothing is measured there")
+            remarks.append(f"{name}: too few patients or labels, so nothing is measured there")
     good = [name for name in plan.training_sites if name in data]
     if len(good) < plan.quorum:
         what = f"only {len(good)} training sites can be used, and the quorum is {plan.quorum}"
         raise UsageError(
             [Problem(f"study {plan.study}", what, "mend the sites below"), *(Problem("", r) for r in remarks)]
         )
-    initial = initial_parameters(plan, plan_folder)
-    return Experiment(plan, initial, site_folders, data, tuple(remarks), sentences, out)
+    for arm in arms_of(plan):
+        initial_parameters(arm.plan, plan_folder)  # a warm start that does not fit is told before anything runs
+    return Experiment(plan, plan_folder, site_folders, data, tuple(remarks), sentences, out)
 
 
 def run_experiment(experiment: Experiment, *, watcher: Watcher, engine: Engine, jobs: int) -> StudyResults:
@@ -182,7 +216,8 @@ def run_experiment(experiment: Experiment, *, watcher: Watcher, engine: Engine, 
     for fold, arm in learning:
         watcher.federation_started(f"{arm.name}, {fold.name}")
         folder = experiment.folder(fold, arm)
-        federation = Simulated(arm.plan, folder, dict(experiment.site_folders), experiment.initial)
+        initial = initial_parameters(arm.plan, experiment.plan_folder)
+        federation = Simulated(arm.plan, folder, dict(experiment.site_folders), initial)
         run_federation(federation, engine=engine, observer=watcher, resume=True, jobs=jobs)
     trained = time.monotonic()
     final = [measurement for fold in folds for measurement in _measurements(experiment, fold)]
@@ -207,11 +242,24 @@ def arms_of(plan: StudyPlan) -> tuple[Arm, ...]:
     """The study's own algorithm, what it is compared with, and both without privacy where the plan asks for it."""
     arms = [Arm(META, plan)]
     for other in plan.evaluation.compare:
-        changed = _changed(plan, algorithm=other.algorithm(plan.algorithm), outer=other.outer or plan.outer)
-        arms.append(Arm(other.name, changed))
+        adaptation = other.adaptation or plan.evaluation.adaptation
+        changed = _changed(
+            plan,
+            algorithm=other.algorithm(plan.algorithm),
+            outer=other.outer or _weighable(plan.outer, other.name),
+            model=other.model(plan.model),
+            evaluation=plan.evaluation.model_copy(update={"adaptation": adaptation, "compare": []}),
+        )
+        arms.append(Arm(other.arm, changed))
     if plan.evaluation.without_privacy and plan.privacy is not None:
         arms += [Arm(arm.name + WITHOUT_PRIVACY, without_privacy(arm.plan)) for arm in arms if arm.learns]
     return tuple(arms)
+
+
+def _weighable(outer: OuterSpec, algorithm: str) -> OuterSpec:
+    """The study's outer step; an algorithm that leaves nothing to score cannot be weighed by score."""
+    unscored = outer.weights == "score" and algorithm in UNSCORED
+    return outer.model_copy(update={"weights": "equal"}) if unscored else outer
 
 
 def without_site(plan: StudyPlan, name: str) -> StudyPlan:
@@ -250,19 +298,28 @@ def _claim(plan: StudyPlan, out: Path, *, resume: bool) -> None:
 
 def _measurements(experiment: Experiment, fold: Fold) -> Iterator[Measurement]:
     """A random initialization, the ceiling and every arm, at each of the fold's targets."""
-    starts: dict[str, Params | None] = {RANDOM: None, CEILING: experiment.initial}
-    starts |= {arm.name: _start_of(experiment, fold, arm) for arm in fold.arms}
-    plans = {arm.name: arm.plan for arm in fold.arms}
-    for target, kind in fold.targets:
+    plans = {RANDOM: fold.arms[0].plan, CEILING: fold.arms[0].plan} | {arm.name: arm.plan for arm in fold.arms}
+    for target in fold.targets:
+        starts: dict[str, Params | None] = {RANDOM: None}
+        if experiment.plan.evaluation.ceiling:
+            starts[CEILING] = initial_parameters(experiment.plan, experiment.plan_folder)
+        starts |= {arm.name: _start_of(experiment, fold, arm, target) for arm in fold.arms}
         for name, start in starts.items():
-            yield Measurement(
-                path=_trials_path(experiment, fold, target, name),
-                arm=name,
-                kind=kind,
-                plan=plans.get(name, fold.arms[0].plan),
-                data=experiment.data[target],
-                start=start,
-            )
+            yield _measurement(experiment, fold, target, name, plans[name], start)
+
+
+def _measurement(
+    experiment: Experiment, fold: Fold, target: Target, arm: str, plan: StudyPlan, start: Params | None, after: str = ""
+) -> Measurement:
+    return Measurement(
+        path=_trials_path(experiment, fold, target, arm + after),
+        arm=arm,
+        kind=target.kind,
+        plan=plan,
+        target=target.name,
+        rows=experiment.rows(target),
+        start=start,
+    )
 
 
 def _curve_measurements(experiment: Experiment, fold: Fold) -> Iterator[tuple[int, Measurement]]:
@@ -272,35 +329,32 @@ def _curve_measurements(experiment: Experiment, fold: Fold) -> Iterator[tuple[in
     for arm in (arm for arm in fold.arms if arm.learns):
         for after in _spread(arm.plan.rounds, evaluation.curve_points):
             start = final_parameters(experiment.folder(fold, arm), round=after)
-            for target, kind in fold.targets:
-                if kind == "held-out site":
-                    yield (
-                        after,
-                        Measurement(
-                            path=_trials_path(experiment, fold, target, f"{arm.name} after {after}"),
-                            arm=arm.name,
-                            kind=kind,
-                            plan=arm.plan.model_copy(update={"evaluation": few}),
-                            data=experiment.data[target],
-                            start=start,
-                        ),
-                    )
+            for target in fold.targets:
+                if target.kind == "held-out site" and target.subgroup is None:
+                    plan = arm.plan.model_copy(update={"evaluation": few})
+                    name = f" after {after}"
+                    yield after, _measurement(experiment, fold, target, arm.name, plan, start, after=name)
 
 
-def _start_of(experiment: Experiment, fold: Fold, arm: Arm) -> Params:
-    return final_parameters(experiment.folder(fold, arm)) if arm.learns else experiment.initial
+def _start_of(experiment: Experiment, fold: Fold, arm: Arm, target: Target) -> Params:
+    """What the arm learned; at a hospital that trained a model of its own, that model."""
+    if not arm.learns:
+        return initial_parameters(arm.plan, experiment.plan_folder)
+    folder = experiment.folder(fold, arm)
+    own = personal_parameters(folder, target.site) if target.kind == "held-out patients" else {}
+    return final_parameters(folder) | own
 
 
-def _trials_path(experiment: Experiment, fold: Fold, target: str, name: str) -> Path:
-    return experiment.out / "trials" / fold.name / target / f"{_file_name(name)}.json"
+def _trials_path(experiment: Experiment, fold: Fold, target: Target, name: str) -> Path:
+    return experiment.out / "trials" / fold.name / target.name / f"{_file_name(name)}.json"
 
 
 def _point(after: int, measurement: Measurement, trials: list[Trial]) -> CurvePoint:
     return CurvePoint(
         arm=measurement.arm,
-        target=measurement.data.rows.site,
+        target=measurement.target,
         round=after,
-        balanced_accuracy=mean([trial.metrics["balanced_accuracy"] for trial in trials]),
+        value=mean([trial.metrics[lead_metric(measurement.plan.task.kind)] for trial in trials]),
         shots=trials[0].shots,
     )
 
@@ -320,9 +374,9 @@ def _results(
         if arm.learns
     ]
     examples = [
-        Example(site=name, label=label, image=image)
+        Example(site=name, label=label, image=image, mask=mask)
         for name, data in experiment.data.items()
-        for label, image in data.examples(_EXAMPLES_PER_LABEL)
+        for label, image, mask in data.examples(_EXAMPLES_PER_LABEL)
     ]
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     return StudyResults(
@@ -332,11 +386,50 @@ def _results(
         curve=curve,
         sentences=experiment.sentences,
         examples=examples,
+        pictures=_pictures(experiment, folds),
         phantoms=any(data.phantom for data in experiment.data.values()),
         versions={"consilium": software_version(), "python": platform.python_version(), **versions},
         seconds=seconds,
         remarks=experiment.remarks,
     )
+
+
+def _pictures(experiment: Experiment, folds: list[Fold]) -> list[Picture]:
+    """What some starts make of query images at the first targets, where an answer can be looked at."""
+    if experiment.plan.task.kind not in ("segmentation", "anomaly"):
+        return []
+    targets = [(fold, target) for fold in folds for target in fold.targets if target.subgroup is None]
+    new_first = sorted(targets, key=lambda place: place[1].kind != "held-out site")
+    pictures: list[Picture] = []
+    for fold, target in new_first[:_PICTURED_TARGETS]:
+        starts: list[tuple[str, StudyPlan, Params | None]] = [(RANDOM, fold.arms[0].plan, None)]
+        starts += [(arm.name, arm.plan, _start_of(experiment, fold, arm, target)) for arm in fold.arms]
+        for arm, plan, start in starts:
+            pictures += _pictured(experiment, target, arm, plan, start)
+    return pictures
+
+
+def _pictured(
+    experiment: Experiment, target: Target, arm: str, plan: StudyPlan, start: Params | None
+) -> Iterator[Picture]:
+    rows = experiment.rows(target)
+    shown = SimulatedData(rows, experiment.data[target.site].phantom)
+    for sight in sights(start, rows, plan, count=_PICTURES, seed=plan.seed):
+        label = rows.label_names[int(rows.labels[sight.row])] if plan.task.kind == "anomaly" else ""
+        caption = f"{label}, more unusual than {sight.score:.0%} of the images" if label else ""
+        truth = None if rows.masks is None else rows.masks[sight.row].numpy()
+        found = None if sight.found is None else sight.found.numpy()
+        if found is not None and plan.task.kind == "segmentation":
+            found = found.astype("uint8")
+        yield Picture(
+            target=target.name,
+            arm=arm,
+            shots=plan.evaluation.lead_shots,
+            image=shown.picture(sight.row),
+            truth=truth,
+            found=found,
+            caption=caption,
+        )
 
 
 def _file_name(arm: str) -> str:

@@ -19,7 +19,7 @@ from common.files import write_atomically
 from common.params import Params
 from common.plan import StudyPlan
 from common.trials import CEILING, Kind, Trial
-from server.simulation import SimulatedData, evaluate_ceiling, evaluate_start
+from server.simulation import SiteData, evaluate_ceiling, evaluate_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +30,24 @@ class Measurement:
     arm: str
     kind: Kind
     plan: StudyPlan
-    data: SimulatedData
+    target: str  # its name in the report
+    rows: SiteData
     start: Params | None  # None: a random initialization
 
     @property
     def title(self) -> str:
-        return f"{self.arm} at {self.data.rows.site}"
+        return f"{self.arm} at {self.target}"
 
 
 def measure(measurement: Measurement) -> list[Trial]:
     """The measurement's trials, from disk if they are there."""
     if measurement.path.exists():
         return [_trial(fields) for fields in json.loads(measurement.path.read_text())]
-    plan, data, kind, start = measurement.plan, measurement.data, measurement.kind, measurement.start
+    plan, rows, kind, start = measurement.plan, measurement.rows, measurement.kind, measurement.start
     if measurement.arm == CEILING and start is not None:
-        trials = evaluate_ceiling(start, data, plan, kind=kind)
+        trials = evaluate_ceiling(start, rows, plan, kind=kind, target=measurement.target)
     else:
-        trials = evaluate_start(start, data, plan, arm=measurement.arm, kind=kind)
+        trials = evaluate_start(start, rows, plan, arm=measurement.arm, kind=kind, target=measurement.target)
     write_atomically(measurement.path, json.dumps([_fields(trial) for trial in trials], allow_nan=False).encode())
     return trials
 

@@ -7,13 +7,23 @@ from collections.abc import Sequence
 
 from common.accounting import PrivacyCost, queries_per_round
 from common.algorithms import ALGORITHMS
-from common.plan import StudyPlan
+from common.metrics import score_name
+from common.plan import AlgorithmSpec, OuterSpec, StudyPlan
+from common.trials import shots_unit
 
+_TASKS = {
+    "classification": "classification",
+    "multilabel": "telling several findings in one image",
+    "segmentation": "segmentation, the outlining of what is looked for,",
+    "anomaly": "anomaly detection",
+}
 _PARTS = {
     "all": "all parameters",
     "film": "the scales and shifts of the normalisation layers",
     "head": "the last layer",
+    "mapping": "the mapping that sets the scales and shifts of the normalisation layers for each task",
 }
+_ASK_CLASS_SUMS = ("prototypes", "mapping")
 
 
 def plan_in_words(plan: StudyPlan, costs: Sequence[PrivacyCost], *, shared_numbers: int) -> list[str]:
@@ -28,15 +38,40 @@ def plan_in_words(plan: StudyPlan, costs: Sequence[PrivacyCost], *, shared_numbe
     ]
 
 
+def arm_titles(plan: StudyPlan) -> dict[str, str]:
+    """A name for a reader of everything that the plan is compared with, by arm; no two are the same."""
+    compared = plan.evaluation.compare
+    titles = [algorithm_title(other.algorithm(plan.algorithm), other.outer or plan.outer) for other in compared]
+    return {
+        other.arm: title if other.label is None or titles.count(title) == 1 else f"{title} ({other.label})"
+        for other, title in zip(compared, titles, strict=True)
+    }
+
+
+def algorithm_title(algorithm: AlgorithmSpec, outer: OuterSpec) -> str:
+    """An algorithm's name for a reader, with the rule by which the server weighs the hospitals if that is its point."""
+    if algorithm.name == "local_only":
+        return "Warm start alone"
+    title = ALGORITHMS[algorithm.name].title
+    if outer.weights != "score":
+        return title
+    return "Model weighting" if algorithm.name == "fedavg" else f"{title}, weighted by score"
+
+
 def _learned(plan: StudyPlan, shared_numbers: int) -> str:
     size, channels, start = plan.task.image_size, plan.task.channels, plan.model.warm_start
     if queries_per_round(plan) == 0:
         return f"What is learned: nothing in common; each hospital starts from {start or 'random values'} by itself."
+    healthy = "healthy " if plan.task.kind == "anomaly" else ""
+    rates = " with their learning rates" if plan.algorithm.name == "metasgd" else ""
+    article = "an" if plan.model.name == "autoencoder" else "a"
+    modalities = f" The network is told the modality of each image: {', '.join(plan.task.modalities)}."
     return (
-        f"What is learned: {ALGORITHMS[plan.algorithm.name].title} trains a start for {plan.task.kind} from images of"
-        f" {size} x {size} pixels and {channels} channel{_s(channels)}: {_PARTS[plan.model.trainable]}"
-        f" of a {plan.model.name} network ({shared_numbers:,} numbers), beginning from"
-        f" {f'the warm start {start}' if start else 'random values'}."
+        f"What is learned: {algorithm_title(plan.algorithm, plan.outer)} trains a start for {_TASKS[plan.task.kind]}"
+        f" from {healthy}images of {size} x {size} pixels and {channels} channel{_s(channels)}:"
+        f" {_PARTS[plan.model.trainable]}{rates} of {article} {plan.model.name} network"
+        f" ({shared_numbers:,} numbers), beginning from {f'the warm start {start}' if start else 'random values'}."
+        + (modalities if plan.task.modalities else "")
     )
 
 
@@ -52,22 +87,46 @@ def _from_whom(plan: StudyPlan) -> str:
 
 
 def _one_round(plan: StudyPlan) -> str:
-    queries, images = queries_per_round(plan), plan.sampling.max_images_per_patient
+    queries, images, views = queries_per_round(plan), plan.sampling.max_images_per_patient, plan.sampling.views
     if queries == 0:
         return f"How: in none of the {plan.rounds} rounds is a patient's image looked at."
     return (
         f"How: in each of {plan.rounds} rounds a hospital asks its images {queries} question{_s(queries)}; each patient"
-        f" joins a question with probability {plan.sampling.sample_rate:g}, with at most {images} image{_s(images)}."
+        f" joins a question with probability {plan.sampling.sample_rate:g}, with at most {images} image{_s(images)}"
+        f"{f', each in {views} random views' if views > 1 else ''}.{_unusual_questions(plan)}"
     )
 
 
+def _unusual_questions(plan: StudyPlan) -> str:
+    """What is asked beside the mean of a gradient over patients."""
+    if plan.algorithm.name in _ASK_CLASS_SUMS:
+        return " The first question adds up by label what the network makes of the images; these sums stay."
+    if ALGORITHMS[plan.algorithm.name].asks == "episodes":
+        steps, episodes = plan.algorithm.meta_steps, plan.algorithm.episodes
+        return (
+            f" {f'{steps} of the questions are' if steps > 1 else 'One question is'} put to {episodes} episode"
+            f"{_s(episodes)}: a patient who joins is in one of them, drawn at random; an episode adapts to some of its"
+            " patients and is judged on the others."
+        )
+    return ""
+
+
 def _leaves(plan: StudyPlan, shared_numbers: int) -> str:
-    stays = "Images, labels, counts" + (" and the last layer" if plan.model.head == "site" else "") + " stay."
     if queries_per_round(plan) == 0:
-        return f"What leaves a hospital: nothing that depends on a patient. {stays}"
+        return f"What leaves a hospital: nothing that depends on a patient. {_stays(plan)}"
     noisy = "noisy " if plan.privacy else ""
-    monitored = ", and one noisy accuracy" if plan.privacy and plan.privacy.monitor else ""
-    return f"What leaves a hospital: in each round one {noisy}update of {shared_numbers:,} numbers{monitored}. {stays}"
+    scored = f", and one {noisy}{score_name(plan.task.kind)}" if plan.monitored else ""
+    weighed = ", which is the update's weight" if plan.outer.weights == "score" else ""
+    update = f"one {noisy}update of {shared_numbers:,} numbers{scored}{weighed}"
+    return f"What leaves a hospital: in each round {update}. {_stays(plan)}"
+
+
+def _stays(plan: StudyPlan) -> str:
+    kept = ["Images", "masks" if plan.task.kind == "segmentation" else "labels", "counts"]
+    kept += ["the last layer"] if plan.model.head == "site" else []
+    kept += ["the sums by label"] if plan.algorithm.name in _ASK_CLASS_SUMS else []
+    kept += ["the hospital's own network"] if plan.algorithm.name == "mrmtl" else []
+    return f"{', '.join(kept[:-1])} and {kept[-1]} stay."
 
 
 def _risk(plan: StudyPlan, costs: Sequence[PrivacyCost]) -> str:
@@ -87,12 +146,16 @@ def _risk(plan: StudyPlan, costs: Sequence[PrivacyCost]) -> str:
 def _evaluated(plan: StudyPlan) -> str:
     evaluation = plan.evaluation
     shots = ", ".join(str(k) for k in evaluation.shots)
-    others = [ALGORITHMS[other.name].title for other in evaluation.compare]
-    against = ", ".join(["a random start", *others])
+    unit = shots_unit(plan.task.kind, count=evaluation.shots[-1])
+    against = ", ".join(["a random start", *arm_titles(plan).values()])
+    apart = f" Measured apart as well: {', '.join(evaluation.subgroups)}." if evaluation.subgroups else ""
+    fused = (
+        " A patient gets one answer, fused over all of the patient's images." if evaluation.fuse == "patient" else ""
+    )
     return (
-        f"What a simulation measures: adaptation to {shots} image{_s(evaluation.shots[-1])} per class,"
-        f" {evaluation.splits * evaluation.draws} draws, against {against}. Each of these federations has a budget of"
-        " its own: with real patients each would be charged as well."
+        f"What a simulation measures: adaptation to {shots} {unit},"
+        f" {evaluation.splits * evaluation.draws} draws, against {against}.{apart}{fused} Each of these federations has"
+        " a budget of its own: with real patients each would be charged as well."
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
 # Okabe-Ito, told apart by all forms of colour blindness; the page maps each to a lighter one on dark ground.
 _SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a8a8a", "#b8a200")
 _INK = "#010203"  # stands for the page's text colour
-_MARKERS, _DASHES = "osD^vPX*", ("-", "--", "-.", ":")
-_ARM_SERIES = {"random": 6, "local_only": 3, "fedavg": 1, "fedprox": 4, "meta": 0, "reptile": 2, "fomaml": 5}
+_MARKERS, _DASHES = "osD^vPX*1<>pd<>d", ("-", "--", "-.", ":")
+_ARM_PLACES = {"meta": 0, "fedavg": 1, "local_only": 3, "random": 6}
+_FREE_PLACES = (2, 4, 5, 7, 10, 12, 13, 15, 9, 11, 14)  # from 8 on colours come again, dashed and with other markers
+
+Style = Mapping[str, Any]  # of a line: matplotlib's arguments
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Line:
 
     label: str
     points: Sequence[tuple[int, Estimate]]
-    arm: str
+    style: Style
 
 
 @dataclass(frozen=True)
@@ -41,36 +45,51 @@ class DotRow:
     learnable: bool
 
 
-def shots_figure(name: str, lines: Sequence[Line], *, ceiling: Estimate | None, chance: float | None) -> str:
-    """Balanced accuracy against shots, one line per arm."""
+def arm_styles(arms: Iterable[str]) -> dict[str, Style]:
+    """Colour and marker of each arm, hollow and dashed without privacy; no two of up to fifteen bases are alike.
+
+    Some arms look the same in every study; the others take what is left, in the order of their names.
+    """
+    arms = list(arms)
+    others = sorted({arm.removesuffix(WITHOUT_PRIVACY) for arm in arms} - _ARM_PLACES.keys())
+    places = _ARM_PLACES | dict(zip(others, itertools.cycle(_FREE_PLACES), strict=False))
+    return {arm: _arm_style(places[arm.removesuffix(WITHOUT_PRIVACY)], arm.endswith(WITHOUT_PRIVACY)) for arm in arms}
+
+
+def shots_figure(
+    name: str, lines: Sequence[Line], *, metric: str, unit: str, ceiling: Estimate | None, chance: float | None
+) -> str:
+    """`metric` against shots, counted in `unit`, one line per arm."""
 
     def draw(axes: Axes) -> None:
         shots = sorted({x for line in lines for x, _ in line.points})
         place = {x: i for i, x in enumerate(shots)}
         for i, line in enumerate(lines):
-            shift = 0.06 * (i - (len(lines) - 1) / 2)  # or the intervals hide each other
+            shift = min(0.06, 0.8 / len(lines)) * (i - (len(lines) - 1) / 2)  # or the intervals hide each other
             xs = [place[x] + shift for x, _ in line.points]
-            _whiskers(axes, xs, [e for _, e in line.points], vertical=True, label=line.label, **_arm_style(line.arm))
+            _whiskers(axes, xs, [e for _, e in line.points], vertical=True, label=line.label, **line.style)
         if ceiling is not None:
             _reference(axes, ceiling.mean, "ceiling: every support patient", "--")
         if chance is not None:
             _reference(axes, chance, "guessing", ":")
         axes.set_xticks(range(len(shots)), [str(k) for k in shots])
         axes.set_xlim(-0.4, len(shots) - 0.6)
-        axes.set(xlabel="labelled images per class", ylabel="balanced accuracy")
+        axes.set(xlabel=f"labelled {unit}", ylabel=metric)
 
     return _svg(name, draw, legend=len(lines))
 
 
-def targets_figure(name: str, rows: Sequence[DotRow], titles: Mapping[str, str]) -> str:
-    """Balanced accuracy of every target, a dot with its interval per arm."""
+def targets_figure(
+    name: str, rows: Sequence[DotRow], *, metric: str, titles: Mapping[str, str], styles: Mapping[str, Style]
+) -> str:
+    """`metric` of every target, a dot with its interval per arm; titles and styles are by arm."""
+    arms = list(dict.fromkeys(arm for row in rows for arm in row.dots))
 
     def draw(axes: Axes) -> None:
-        arms = list(dict.fromkeys(arm for row in rows for arm in row.dots))
         for i, arm in enumerate(arms):
             shown = [(y, row.dots[arm]) for y, row in enumerate(rows) if arm in row.dots]
             ys = [y + 0.6 * ((i + 0.5) / len(arms) - 0.5) for y, _ in shown]
-            style = _arm_style(arm) | {"linestyle": "none"}
+            style = {**styles[arm], "linestyle": "none"}
             _whiskers(axes, ys, [e for _, e in shown], vertical=False, label=titles[arm], **style)
         for y, row in enumerate(rows):
             axes.plot([row.chance] * 2, [y - 0.36, y + 0.36], ":", color=_INK, label="guessing" if y == 0 else None)
@@ -81,9 +100,9 @@ def targets_figure(name: str, rows: Sequence[DotRow], titles: Mapping[str, str])
             range(len(rows)), [row.label + ("" if row.learnable else "\n(not learnable here)") for row in rows]
         )
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set(xlabel="balanced accuracy")
+        axes.set(xlabel=metric)
 
-    return _svg(name, draw, height=1.2 + 0.72 * len(rows), legend=6)
+    return _svg(name, draw, height=1.2 + max(0.72, 0.13 * len(arms)) * len(rows), legend=len(arms) + 2)
 
 
 def rounds_figure(
@@ -92,14 +111,14 @@ def rounds_figure(
     *,
     ylabel: str,
     limit: float | None = None,
-    arms: Mapping[str, str] | None = None,
+    styles: Mapping[str, Style] | None = None,
 ) -> str:
-    """One line per label in `series` over the rounds. `limit` is a dashed line (the budget); where the labels are of
-    `arms`, they look like those arms elsewhere."""
+    """One line per label in `series` over the rounds, in the style of that label if there are any. `limit` is a dashed
+    line (the budget)."""
 
     def draw(axes: Axes) -> None:
         for i, (label, points) in enumerate(series.items()):
-            style = _arm_style(arms[label]) if arms else _site_style(i)
+            style = styles[label] if styles else _site_style(i)
             every = max(1, len(points) // 6)
             xs, ys = [x for x, _ in points], [y for _, y in points]
             axes.plot(xs, ys, markevery=every, markersize=4, linewidth=1.3, label=label, **style)
@@ -115,15 +134,13 @@ def _reference(axes: Axes, value: float, label: str, linestyle: str) -> None:
     axes.axhline(value, color=_INK, linestyle=linestyle, linewidth=1, label=label)
 
 
-def _arm_style(arm: str) -> dict[str, Any]:
-    """Colour and marker by arm; hollow and dashed without privacy."""
-    base = arm.removesuffix(WITHOUT_PRIVACY)
-    series = _ARM_SERIES.get(base, 7)
-    style: dict[str, Any] = {"color": _SERIES[series], "marker": _MARKERS[series]}
-    return style if base == arm else style | {"markerfacecolor": "none", "linestyle": "--"}
+def _arm_style(place: int, unprotected: bool) -> Style:
+    dash = "-" if place < len(_SERIES) else "-."
+    style = {"color": _SERIES[place % len(_SERIES)], "marker": _MARKERS[place], "linestyle": dash}
+    return style | {"markerfacecolor": "none", "linestyle": "--"} if unprotected else style
 
 
-def _site_style(number: int) -> dict[str, Any]:
+def _site_style(number: int) -> Style:
     """The eight colours, then the eight again dashed."""
     count = len(_SERIES)
     dash = _DASHES[number // count % len(_DASHES)]

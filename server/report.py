@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.files import write_atomically
+from common.trials import shots_unit
 from server.report_page import page_values
 from server.results import META, UNPROTECTED, StudyResults, headline, show_half, to_json
-from server.summary import LEAD_METRIC, Row
+from server.summary import Row
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,18 +43,19 @@ def write_report(path: Path, results: StudyResults) -> None:
 
 
 def text_table(results: StudyResults) -> Table:
-    """Balanced accuracy for a terminal of 80 columns: the means over targets, and every held-out site."""
+    """The lead metric for a terminal of 80 columns: the means over targets, and every held-out site."""
     from rich.table import Table
     from rich.text import Text
 
     shots = sorted(results.plan.evaluation.shots)
-    title = "Balanced accuracy, mean ± half of the 95 % interval" + ("" if results.private else f"\n{UNPROTECTED}")
+    what = f"{results.metrics[results.lead][0]} by {shots_unit(results.kind)}"
+    title = f"{what}, mean ± half of the 95 % interval" + ("" if results.private else f"\n{UNPROTECTED}")
     table = Table(title=Text(title), caption=Text(headline(results)[1]))
     table.add_column("target", overflow="fold")
     table.add_column("start", overflow="fold")
     for k in shots:
-        table.add_column(f"{k}/class", justify="right", no_wrap=True)
-    lead = [row for row in results.rows if row.metric == LEAD_METRIC]
+        table.add_column(str(k), justify="right", no_wrap=True)
+    lead = [row for row in results.rows if row.metric == results.lead]
     shown = [row for row in lead if row.target is None or row.kind == "held-out site"]
     groups = dict.fromkeys((row.kind, row.target) for row in shown)
     for kind, target in sorted(groups, key=lambda group: (group[0] != "held-out site", group[1] is not None)):

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from common.metrics import METRICS
-from common.trials import CEILING, Kind, mean
-from server import plots
+from common.metrics import score_name, segmentation_metrics
+from common.trials import CEILING, Kind, mean, shots_unit
+from server import pictures, plots
 from server.history import RoundRecord
 from server.results import (
     META,
     UNPROTECTED,
     Federation,
+    Picture,
     StudyResults,
     federation_title,
     headline,
@@ -26,7 +26,7 @@ from server.results import (
     show_gain,
     warnings,
 )
-from server.summary import LEAD_METRIC, Row
+from server.summary import Row
 
 _KINDS: tuple[Kind, ...] = ("held-out site", "held-out patients")
 _MOST_ROUNDS = 200  # columns of a participation table
@@ -45,17 +45,23 @@ def page_values(results: StudyResults) -> dict[str, Any]:
         "sentence": sentence,
         "warnings": warnings(results),
         "shots": sorted(results.plan.evaluation.shots),
-        "lead_shots": results.lead_shots,
-        "metrics": METRICS,
-        "lead_metric": LEAD_METRIC,
+        "shots_titles": {k: results.shots_title(k) for k in results.plan.evaluation.shots},
+        "lead_shots": f"{results.lead_shots} labelled {shots_unit(results.kind, count=results.lead_shots)}",
+        "shots_unit": shots_unit(results.kind),
+        "score": score_name(results.kind),
+        "metrics": results.metrics,
+        "lead_metric": results.lead,
+        "lead_name": results.lead_name,
         "kinds": [kind for kind in _KINDS if any(trial.kind == kind for trial in results.trials)],
-        "tables": {kind: {metric: _groups(results, kind, metric) for metric in METRICS} for kind in _KINDS},
+        "tables": {kind: {metric: _groups(results, kind, metric) for metric in results.metrics} for kind in _KINDS},
         "shots_figures": {kind: _shots_figure(results, kind) for kind in _KINDS},
         "targets_figures": {kind: _targets_figure(results, kind) for kind in _KINDS},
         "curve_figure": _curve_figure(results),
         "federations": [_federation(results, f, number) for number, f in enumerate(results.federations)],
         "symbols": _SYMBOLS,
         "examples": _examples(results),
+        "pictures": _pictures(results),
+        "colours": {name: "rgb({}, {}, {})".format(*colour) for name, colour in pictures.COLOURS.items()},
         "sentences": results.sentences,
         "settings": _flat(results.plan.model_dump(mode="json", exclude={"study", "description"})),
         "versions": results.versions,
@@ -95,45 +101,68 @@ def _arm(results: StudyResults, rows: list[Row], arm: str) -> dict[str, Any]:
     }
 
 
+def _styles(results: StudyResults) -> dict[str, plots.Style]:
+    arms = [trial.arm for trial in results.trials] + [point.arm for point in results.curve]
+    return plots.arm_styles(arm for arm in arms if arm != CEILING)
+
+
 def _shots_figure(results: StudyResults, kind: Kind) -> str:
-    mean_rows = (r for r in results.rows if (r.kind, r.target, r.metric) == (kind, None, LEAD_METRIC))
-    rows = sorted(mean_rows, key=lambda row: row.shots)
-    arms = dict.fromkeys(row.arm for row in rows if row.arm != CEILING)
+    mean_rows = (r for r in results.rows if (r.kind, r.target, r.metric) == (kind, None, results.lead))
+    rows, styles = sorted(mean_rows, key=lambda row: row.shots), _styles(results)
+    if not rows:
+        return ""
     lines = [
-        plots.Line(results.short_title(arm), sorted((r.shots, r.value) for r in rows if r.arm == arm), arm)
-        for arm in arms
+        plots.Line(results.short_title(arm), sorted((r.shots, r.value) for r in rows if r.arm == arm), styles[arm])
+        for arm in dict.fromkeys(row.arm for row in rows if row.arm != CEILING)
     ]
-    ceiling = next((row.value for row in rows if row.arm == CEILING), None)
-    counted = {row.target for row in results.rows if row.kind == kind and row.target and row.learnable}
-    ways = {t.target: t.ways for t in results.trials if t.kind == kind and t.target in counted}
-    chance = mean([1 / w for w in ways.values()]) if ways else None
-    return plots.shots_figure(_name("shots", kind), lines, ceiling=ceiling, chance=chance) if lines else ""
+    return plots.shots_figure(
+        _name("shots", kind),
+        lines,
+        metric=results.lead_name,
+        unit=shots_unit(results.kind),
+        ceiling=next((row.value for row in rows if row.arm == CEILING), None),
+        chance=rows[0].chance,
+    )
 
 
 def _targets_figure(results: StudyResults, kind: Kind) -> str:
-    ways = {trial.target: trial.ways for trial in results.trials if trial.kind == kind}
-    dot_rows = []
-    for target in ways:
-        rows = [r for r in results.rows if (r.kind, r.target, r.metric) == (kind, target, LEAD_METRIC)]
-        dots = {row.arm: row.value for row in rows if row.shots == results.lead_shots}
-        ceiling = next((row.value for row in rows if row.arm == CEILING), None)
-        dot_rows.append(plots.DotRow(target, dots, ceiling, 1 / ways[target], all(row.learnable for row in rows)))
-    titles = {trial.arm: results.short_title(trial.arm) for trial in results.trials}
-    return plots.targets_figure(_name("targets", kind), dot_rows, titles) if dot_rows else ""
+    of_target: dict[str, list[Row]] = defaultdict(list)
+    for row in results.rows:
+        if row.target and (row.kind, row.metric) == (kind, results.lead):
+            of_target[row.target].append(row)
+    if not of_target:
+        return ""
+    return plots.targets_figure(
+        _name("targets", kind),
+        [_dot_row(results, target, rows) for target, rows in of_target.items()],
+        metric=results.lead_name,
+        titles={trial.arm: results.short_title(trial.arm) for trial in results.trials},
+        styles=_styles(results),
+    )
+
+
+def _dot_row(results: StudyResults, target: str, rows: list[Row]) -> plots.DotRow:
+    dots = {row.arm: row.value for row in rows if row.shots == results.lead_shots}
+    ceiling = next((row.value for row in rows if row.arm == CEILING), None)
+    return plots.DotRow(target, dots, ceiling, rows[0].chance, rows[0].learnable)
 
 
 def _curve_figure(results: StudyResults) -> str:
-    """Held-out balanced accuracy at checkpoints, averaged over the targets that count."""
+    """The lead metric of held-out targets at checkpoints, averaged over the targets that count."""
     unlearnable = {row.target for row in results.rows if not row.learnable}
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for point in results.curve:
-        if point.target not in unlearnable and not math.isnan(point.balanced_accuracy):
-            values[point.arm][point.round].append(point.balanced_accuracy)
-    series = {
-        results.short_title(arm): [(r, mean(v)) for r, v in sorted(rounds.items())] for arm, rounds in values.items()
-    }
-    styles = {results.short_title(arm): arm for arm in values}
-    return plots.rounds_figure("curve", series, ylabel="balanced accuracy", arms=styles) if series else ""
+        if point.target not in unlearnable and not math.isnan(point.value):
+            values[point.arm][point.round].append(point.value)
+    if not values:
+        return ""
+    styles = _styles(results)
+    return plots.rounds_figure(
+        "curve",
+        {results.short_title(arm): [(r, mean(v)) for r, v in sorted(points.items())] for arm, points in values.items()},
+        ylabel=results.lead_name,
+        styles={results.short_title(arm): styles[arm] for arm in values},
+    )
 
 
 def _federation(results: StudyResults, federation: Federation, number: int) -> dict[str, Any]:
@@ -141,10 +170,10 @@ def _federation(results: StudyResults, federation: Federation, number: int) -> d
     accuracy, epsilon = _series(rounds, "accuracy"), _series(rounds, "epsilon")
     budget = results.plan.privacy.epsilon if results.plan.privacy else None
     spent = any(value > 0 for points in epsilon.values() for _, value in points)
-    accuracy_name, epsilon_name = f"accuracy{number}", f"epsilon{number}"
+    accuracy_name, epsilon_name, score = f"accuracy{number}", f"epsilon{number}", score_name(results.kind)
     return {
         "title": federation_title(results, federation),
-        "accuracy": plots.rounds_figure(accuracy_name, accuracy, ylabel="accuracy at the site") if accuracy else "",
+        "accuracy": plots.rounds_figure(accuracy_name, accuracy, ylabel=f"{score} at the site") if accuracy else "",
         "epsilon": plots.rounds_figure(epsilon_name, epsilon, ylabel="epsilon spent", limit=budget) if spent else "",
         "spending": _spending(rounds, epsilon) if spent else None,
         **_participation(federation.records),
@@ -207,17 +236,47 @@ def _reasons(records: Sequence[RoundRecord]) -> list[tuple[str, str, str]]:
 def _examples(results: StudyResults) -> dict[str, list[dict[str, str]]]:
     of_site: dict[str, list[dict[str, str]]] = defaultdict(list)
     for example in results.examples:
-        of_site[example.site].append({"label": example.label, "png": _png(example.image)})
+        shown = example.image if example.mask is None else pictures.outlined(example.image, example.mask)
+        of_site[example.site].append({"label": example.label, "png": pictures.png_address(shown)})
     return dict(of_site)
 
 
-def _png(image: np.ndarray) -> str:
-    """uint8 (H, W) or (H, W, 3) as a data address."""
-    from PIL import Image
+def _pictures(results: StudyResults) -> dict[str, list[list[dict[str, str]]]]:
+    """For each target and each of its images: the image itself, then what every arm found in it."""
+    of_target: dict[str, dict[bytes, list[Picture]]] = defaultdict(lambda: defaultdict(list))
+    for picture in results.pictures:
+        of_target[picture.target][picture.image.tobytes()].append(picture)
+    return {target: [_strip(results, same) for same in images.values()] for target, images in of_target.items()}
 
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+def _strip(results: StudyResults, same_image: list[Picture]) -> list[dict[str, str]]:
+    first = same_image[0]
+    hospital = "the image" if first.truth is None else "the image, outlined by the hospital"
+    shown = pictures.png_address(pictures.outlined(first.image, first.truth))
+    itself = {"png": shown, "title": hospital, "caption": "", "alt": f"{first.target}: {hospital}"}
+    return [itself, *(_answer(results, picture) for picture in same_image)]
+
+
+def _answer(results: StudyResults, picture: Picture) -> dict[str, str]:
+    """An arm's mask held against the truth, or its heat map, or its words alone."""
+    title = f"{results.short_title(picture.arm)}, {results.shots_title(picture.shots)}"
+    image, caption = None, picture.caption
+    if picture.found is not None and picture.found.dtype.kind == "f":
+        image = pictures.heated(picture.image, picture.found, picture.truth)
+    elif picture.found is not None and picture.truth is not None:
+        image = pictures.agreement(picture.image, picture.truth, picture.found)
+        caption = ", ".join(filter(None, (f"Dice {_dice(picture.found, picture.truth):.2f}", caption)))
+    elif picture.found is not None:
+        image = pictures.outlined(picture.image, picture.found)
+    png = "" if image is None else pictures.png_address(image)
+    alt = ", ".join(filter(None, (f"{picture.target}: found by {title}", caption)))
+    return {"png": png, "title": title, "caption": caption, "alt": alt}
+
+
+def _dice(found: np.ndarray, truth: np.ndarray) -> float:
+    ways = max(2, int(found.max()) + 1, int(truth.max()) + 1)
+    one, other = (torch.from_numpy(mask)[None].long() for mask in (found, truth))
+    return segmentation_metrics(one, other, ways)["dice"]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -13,24 +13,21 @@ from typing import Any
 import numpy as np
 
 from common.algorithms import ALGORITHMS
-from common.plan import StudyPlan
-from common.trials import CEILING, RANDOM, Estimate, Kind, Trial
+from common.metrics import lead_metric, metrics_of
+from common.plan import StudyPlan, TaskKind
+from common.trials import CEILING, RANDOM, Estimate, Kind, Trial, shots_unit
 from server.history import RoundRecord
-from server.summary import LEAD_METRIC, WITHOUT_PRIVACY, Row, summarise
+from server.plan_in_words import algorithm_title, arm_titles
+from server.summary import WITHOUT_PRIVACY, Row, summarise
 
 META = "meta"  # arm: what the study's own algorithm learned
 UNPROTECTED = "WITHOUT PRIVACY: a simulation that protects no patient"
 PHANTOMS = "PHANTOMS: the images were drawn by a program; no figure here says anything about patients"
 
-_TITLES = {
-    RANDOM: "Random initialization",
-    CEILING: "Ceiling (all support patients)",
-    "local_only": "Warm start alone",
-    "fedavg": "Federated averaging",
-    "fedprox": "FedProx",
-}
+_TITLES = {RANDOM: "Random initialization", CEILING: "Ceiling (all support patients)"}
+_SHORT_TITLES = {"local_only": "warm start", "fedavg": "averaging"}
+_LEADS = {"balanced_accuracy": ("a", "balanced accuracy"), "dice": ("a", "Dice score"), "auroc": ("an", "AUROC")}
 _AGAINST = ("random initialization", "federated averaging")
-_META_LEARNERS = ("reptile", "fomaml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +46,31 @@ class CurvePoint:
     arm: str
     target: str
     round: int
-    balanced_accuracy: float  # mean over splits and draws
+    value: float  # of the lead metric; mean over splits and draws
     shots: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """An image to show: uint8 (H, W) or (H, W, 3)."""
+    """An image to show: uint8 (H, W) or (H, W, 3). Its mask, uint8 (H, W), is shown as a contour."""
 
     site: str
     label: str
     image: np.ndarray
+    mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """What an adapted network found in one query image; pictures of the same image stand beside each other."""
+
+    target: str
+    arm: str
+    shots: int
+    image: np.ndarray  # uint8 (H, W) or (H, W, 3)
+    truth: np.ndarray | None  # uint8 (H, W), class index
+    found: np.ndarray | None  # segmentation: uint8 (H, W), class index; anomaly: float32 (H, W) heat in [0, 1]
+    caption: str  # of the network's answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +84,7 @@ class StudyResults:
     curve: Sequence[CurvePoint] = ()
     sentences: Sequence[str] = ()  # the plan in words
     examples: Sequence[Example] = ()
+    pictures: Sequence[Picture] = ()
     phantoms: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)  # wall time of each part
@@ -80,15 +92,39 @@ class StudyResults:
 
     @cached_property
     def rows(self) -> list[Row]:
-        return summarise(self.trials)
+        return summarise(self.trials, lead=self.lead)
 
     @property
     def private(self) -> bool:
         return self.plan.privacy is not None
 
     @property
+    def kind(self) -> TaskKind:
+        return self.plan.task.kind
+
+    @property
+    def metrics(self) -> dict[str, tuple[str, str]]:
+        """name -> (title, meaning), of the plan's kind of task."""
+        return metrics_of(self.kind)
+
+    @property
+    def lead(self) -> str:
+        """The metric that headline, curves and ceilings speak of."""
+        return lead_metric(self.kind)
+
+    @property
+    def lead_name(self) -> str:
+        """The same in a sentence: 'balanced accuracy'."""
+        return _LEADS[self.lead][1]
+
+    @property
     def lead_shots(self) -> int:
         return self.plan.evaluation.lead_shots
+
+    def shots_title(self, shots: int) -> str:
+        """'5 per class' or '5 images'."""
+        unit = shots_unit(self.kind, count=shots)
+        return f"{shots} per class" if unit.endswith("per class") else f"{shots} {unit}"
 
     @property
     def lead_kind(self) -> Kind:
@@ -96,26 +132,30 @@ class StudyResults:
         counted = {row.kind for row in self.rows if row.target is None}
         return "held-out patients" if counted == {"held-out patients"} else "held-out site"
 
+    @cached_property
+    def _titles(self) -> dict[str, str]:
+        own = algorithm_title(self.plan.algorithm, self.plan.outer)
+        learns_to_learn = ALGORITHMS[self.plan.algorithm.name].learns_to_learn
+        return (
+            _TITLES
+            | arm_titles(self.plan)
+            | {META: f"Meta-initialization ({own})" if learns_to_learn else f"{own} (study)"}
+        )
+
     def title(self, arm: str) -> str:
         """An arm's name for a reader."""
         base = arm.removesuffix(WITHOUT_PRIVACY)
-        own = ALGORITHMS[self.plan.algorithm.name].title
-        if base == META:
-            name = f"Meta-initialization ({own})" if self.plan.algorithm.name in _META_LEARNERS else f"{own} (study)"
-        else:
-            name = _TITLES.get(base) or (ALGORITHMS[base].title if base in ALGORITHMS else base)
-        return name + arm[len(base) :]
+        return self._titles.get(base, base) + arm[len(base) :]
 
     def short_title(self, arm: str) -> str:
         """The same for a narrow table."""
         base = arm.removesuffix(WITHOUT_PRIVACY)
-        own = f"meta ({self.plan.algorithm.name})"
-        name = own if base == META else {"local_only": "warm start", "fedavg": "averaging"}.get(base, base)
+        name = f"meta ({self.plan.algorithm.name})" if base == META else _SHORT_TITLES.get(base, base)
         return name if base == arm else f"{name}, no privacy"
 
-    def find(self, kind: Kind, target: str | None, arm: str, shots: int, metric: str = LEAD_METRIC) -> Row | None:
-        """The row of the summary, if it is there."""
-        wanted = (kind, target, arm, shots, metric)
+    def find(self, kind: Kind, target: str | None, arm: str, shots: int) -> Row | None:
+        """The summary's row of the lead metric, if it is there."""
+        wanted = (kind, target, arm, shots, self.lead)
         return next((r for r in self.rows if (r.kind, r.target, r.arm, r.shots, r.metric) == wanted), None)
 
 
@@ -129,8 +169,8 @@ def headline(results: StudyResults) -> tuple[str, str]:
     against = {name: gain for name, gain in gains if gain is not None}
     protection = "without privacy" if results.plan.privacy is None else f"at epsilon {results.plan.privacy.epsilon:g}"
     reached = (
-        f"With {row.shots} labelled image{_s(row.shots)} per class, the {_start(results)} reaches a balanced accuracy"
-        f" of {show(row.value)} on {_where(row)}, {protection}"
+        f"With {row.shots} labelled {shots_unit(results.kind, count=row.shots)}, the {_start(results)} reaches"
+        f" {' '.join(_LEADS[results.lead])} of {show(row.value)} on {_where(row)}, {protection}"
     )
     parts = [_compared(results, row, name, gain) for name, gain in against.items()]
     return _short(against), f"{reached}. " + (f"That is {'; '.join(parts)}." if parts else "")
@@ -154,12 +194,14 @@ def warnings(results: StudyResults) -> list[str]:
     found += [PHANTOMS] if results.phantoms else []
     found += results.remarks
     for row in results.rows:
-        if not row.learnable and row.arm == CEILING and row.metric == LEAD_METRIC:
+        if not row.learnable and row.arm == CEILING and row.metric == results.lead:
             why = f"its ceiling, {show(row.value)}, includes guessing"
             found.append(f"{row.target} ({row.kind}) is not counted in the mean: {why}")
     notes = Counter((t.target, t.shots, t.note) for t in results.trials if t.note)
     for (target, shots, note), count in notes.items():
-        found.append(f"{target}, {f'{shots} per class' if shots else 'ceiling'}: {note} ({count} trial{_s(count)})")
+        found.append(
+            f"{target}, {results.shots_title(shots) if shots else 'ceiling'}: {note} ({count} trial{_s(count)})"
+        )
     return found + _absences(results)
 
 
@@ -231,12 +273,13 @@ def _short(against: Mapping[str, Estimate]) -> str:
 
 
 def to_json(results: StudyResults) -> dict[str, Any]:
-    """Plain data without nan; example images are left out."""
+    """Plain data without nan; images are left out."""
     title, sentence = headline(results)
     document = {
         "study": results.plan.study,
         "plan_digest": results.plan.digest,
         "private": results.private,
+        "lead_metric": results.lead,
         "phantoms": results.phantoms,
         "warnings": warnings(results),
         "headline": f"{title}. {sentence}",

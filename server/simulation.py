@@ -13,32 +13,44 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.adapt import ceiling_trials, few_shot_trials
+from client.adapt import Sight, ceiling_trials, few_shot_trials, sights
 from client.app import build_client_app
 from client.data.checks import describe
 from client.data.cutting import make_sites
 from client.data.dataset import SiteData
 from client.data.load import load_images, load_site
 from client.data.phantoms import PROFILES, make_phantom_sites
+from client.release_store import ReleaseStore
 from client.site import load_site_config
+from client.splits import objection_to
 from client.worker import Worker
+from common.algorithms.mrmtl import PERSONAL
 from common.errors import DataError, Problem, Refusal, SiteUnfit, UsageError
 from common.params import Params, to_arrays
-from common.plan import StudyPlan
+from common.plan import RowFilter, StudyPlan
 from common.records import PrepareInstruction, SiteReply, TrainInstruction
 from common.trials import Kind, Trial
 from server.app import build_server_app
 from server.local_grid import LocalGrid
 from server.observer import Observer, Unobserved
-from server.pretrain import PublicSet
+from server.public_sets import PublicSet
 from server.ray_engine import run_on_ray
 from server.run_folder import run_plan, starting_parameters
 from server.strategy import RunSettings
 
-__all__ = ["PROFILES", "describe", "make_phantom_sites", "make_sites"]  # of the sites' side, for the lab's command line
+__all__ = [  # of the sites' side, for the lab's
+    "PROFILES",
+    "Sight",
+    "SiteData",
+    "describe",
+    "make_phantom_sites",
+    "make_sites",
+    "sights",
+]
 
 Engine = Literal["local", "ray"]
 
@@ -174,21 +186,31 @@ class SimulatedData:
     rows: SiteData
     phantom: bool
 
-    def measurable(self, kind: Kind) -> bool:
-        """Whether there are two patients and two labels, one for support and one for query."""
-        rows = self.evaluated(kind)
-        return len(rows.patients.unique()) > 1 and len(rows.labels.unique()) > 1
+    def measurable(self, kind: Kind, where: RowFilter | None = None) -> bool:
+        """Whether there is enough for a support and a query set."""
+        return objection_to(self.evaluated(kind, where)) is None
 
-    def evaluated(self, kind: Kind) -> SiteData:
-        """What is measured on: all of a held-out site, the patients who never train of a training site."""
-        return self.rows.of_split("test") if kind == "held-out patients" else self.rows
+    def evaluated(self, kind: Kind, where: RowFilter | None = None) -> SiteData:
+        """What is measured on: all of a held-out site, the patients who never train of a training site; of them those
+        that match."""
+        rows = self.rows.of_split("test") if kind == "held-out patients" else self.rows
+        return rows if where is None else rows.matching(where)
 
-    def examples(self, per_label: int) -> Iterator[tuple[str, np.ndarray]]:
-        """(label, uint8 (H, W) or (H, W, 3)): the first images of each label."""
-        for label, name in enumerate(self.rows.label_names):
-            for index in (self.rows.labels == label).nonzero().flatten()[:per_label].tolist():
-                image = self.rows.images[index].permute(1, 2, 0).numpy()
-                yield name, image[..., 0] if image.shape[2] == 1 else image
+    def examples(self, per_label: int) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+        """(label, uint8 (H, W) or (H, W, 3), mask): the first images of each label; of a segmentation, of its last."""
+        labels = list(enumerate(self.rows.label_names))
+        if self.rows.kind == "segmentation":
+            labels = [(0, self.rows.label_names[-1])]
+        for label, name in labels:
+            shown = self.rows.labels[:, label] > 0 if self.rows.labels.dim() == 2 else self.rows.labels == label
+            for index in shown.nonzero().flatten()[:per_label].tolist():
+                mask = None if self.rows.masks is None else self.rows.masks[index].numpy()
+                yield name, self.picture(index), mask
+
+    def picture(self, row: int) -> np.ndarray:
+        """uint8 (H, W) or (H, W, 3)."""
+        image: np.ndarray = self.rows.images[row].permute(1, 2, 0).numpy()
+        return image[..., 0] if image.shape[2] == 1 else image
 
 
 def load_simulated(folder: Path, plan: StudyPlan, site: str) -> SimulatedData:
@@ -199,17 +221,36 @@ def load_simulated(folder: Path, plan: StudyPlan, site: str) -> SimulatedData:
 def load_public(folder: Path, plan: StudyPlan) -> PublicSet:
     """A public data set in the form of a site folder, fitted to the plan's image size. Raises DataError."""
     data = load_images(folder, image_size=plan.task.image_size, channels=plan.task.channels)
-    return PublicSet(data.site, data.images, data.labels, data.ways)
+    number = {name: index for index, name in enumerate(plan.task.modalities)}
+    return PublicSet(
+        name=data.site,
+        images=data.images,
+        labels=data.labels,
+        label_names=data.label_names,
+        patients=data.patients,
+        masks=data.masks,
+        modalities=torch.tensor([number.get(row.modality, -1) for row in data.details]) if number else None,
+        free=load_site_config(folder).orientation == "free",
+    )
 
 
-def evaluate_start(start: Params | None, data: SimulatedData, plan: StudyPlan, *, arm: str, kind: Kind) -> list[Trial]:
-    """Few-shot adaptation from `start` at one site; None is a random initialization."""
-    return few_shot_trials(start, data.evaluated(kind), plan, arm=arm, kind=kind, seed=plan.seed)
+def evaluate_start(
+    start: Params | None, rows: SiteData, plan: StudyPlan, *, arm: str, kind: Kind, target: str
+) -> list[Trial]:
+    """Few-shot adaptation from `start` to a site's rows; None is a random initialization."""
+    return few_shot_trials(start, rows, plan, arm=arm, kind=kind, seed=plan.seed, target=target)
 
 
-def evaluate_ceiling(start: Params, data: SimulatedData, plan: StudyPlan, *, kind: Kind) -> list[Trial]:
-    """The same network trained on all of the site's support patients."""
-    return ceiling_trials(start, data.evaluated(kind), plan, kind=kind, seed=plan.seed)
+def evaluate_ceiling(start: Params, rows: SiteData, plan: StudyPlan, *, kind: Kind, target: str) -> list[Trial]:
+    """The same network trained on all support patients."""
+    return ceiling_trials(start, rows, plan, kind=kind, seed=plan.seed, target=target)
+
+
+def personal_parameters(folder: Path, site: str) -> Params:
+    """What the run in `folder` left at a site of its own model (MR-MTL); nothing for other algorithms."""
+    plan = run_plan(folder)
+    kept = ReleaseStore(folder / "sites" / site / "releases" / plan.digest).kept_before(plan.rounds + 1) or {}
+    return {name.removeprefix(PERSONAL): value for name, value in kept.items() if name.startswith(PERSONAL)}
 
 
 def site_folders(root: Path) -> Mapping[str, Path]:
@@ -242,7 +283,11 @@ def draw_phantoms(plan: StudyPlan, root: Path) -> Mapping[str, Path]:
             make_phantom_sites(
                 root,
                 names=[name],
-                patients=_phantom_patients(site.patients, ways=len(plan.labels_of(name))),
+                patients=_phantom_patients(
+                    site.patients,
+                    ways=len(PROFILES[name].labels),
+                    healthy_only=plan.task.kind == "anomaly" and site.role == "train",
+                ),
                 image_size=plan.task.image_size,
                 channels=plan.task.channels,
                 seed=plan.seed,
@@ -251,11 +296,11 @@ def draw_phantoms(plan: StudyPlan, root: Path) -> Mapping[str, Path]:
     return site_folders(root)
 
 
-def _phantom_patients(training: int, *, ways: int) -> int:
-    """The fewest patients of which, label by label, `training` are left when the test share is taken."""
+def _phantom_patients(training: int, *, ways: int, healthy_only: bool) -> int:
+    """The fewest patients of which, label by label, `training` (healthy) ones are left when the test share is taken."""
 
     def left(total: int) -> int:
-        of_label = [len(range(label, total, ways)) for label in range(ways)]
-        return sum(count - round(_PHANTOM_TEST_SHARE * count) for count in of_label)
+        of_label = [len(range(label, total, ways)) for label in range(1 if healthy_only else ways)]
+        return sum(count - min(max(round(_PHANTOM_TEST_SHARE * count), 1), count - 1) for count in of_label if count)
 
     return next(total for total in itertools.count(training) if left(total) >= training)

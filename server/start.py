@@ -1,4 +1,4 @@
-"""Where a run starts: the whole body, and the head where the plan shares it."""
+"""Where a run starts: the whole body, the head where the plan shares it, and what else the algorithm lets travel."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 
 from torch import nn
 
-from common.checkpoint import load_checkpoint, shapes
-from common.errors import Problem, UsageError
-from common.models import HEAD, build_model, head_names, parameters, shared_names
+from common import starting_point
+from common.checkpoint import load_checkpoint
+from common.errors import CheckpointError, Problem, UsageError
+from common.mapping import ENCODER
+from common.models import BODY, HEAD
 from common.params import Params, select
 from common.plan import StudyPlan
 
@@ -18,11 +20,22 @@ def initial_parameters(plan: StudyPlan, plan_folder: Path) -> Params:
 
     Raises CheckpointError if the warm start is missing, broken or of another network.
     """
-    initial = travelling(plan, parameters(_network(plan)))
+    initial = starting_point.starting(plan, _network(plan))
     if plan.model.warm_start is None:
         return initial
-    body = {name: value for name, value in initial.items() if not name.startswith(HEAD)}
-    return initial | load_checkpoint(plan_folder / plan.model.warm_start, shapes(body)).tensors
+    path = plan_folder / plan.model.warm_start
+    found = load_checkpoint(path).tensors
+    parts = (BODY, ENCODER, HEAD) if plan.model.name == "autoencoder" else (BODY, ENCODER)
+    body = {name: value for name, value in initial.items() if name.startswith(parts)}
+    for name, value in body.items():
+        if name not in found or found[name].shape != value.shape:
+            has = f"{name} in shape {tuple(found[name].shape)}" if name in found else f"no {name!r}"
+            what = f"is of another network: it has {has}, not {tuple(value.shape)}"
+            raise CheckpointError(str(Problem(str(path), what, "use the plan that it was made with")))
+    if unknown := sorted(name for name in found if name.startswith(BODY) and name not in body):
+        what = f"is of another network: it has {unknown[0]!r}"
+        raise CheckpointError(str(Problem(str(path), what, "use the plan that it was made with")))
+    return initial | select(found, body)
 
 
 def travelling(plan: StudyPlan, params: Params) -> Params:
@@ -30,9 +43,7 @@ def travelling(plan: StudyPlan, params: Params) -> Params:
 
     Raises UsageError if they are not of the plan's network.
     """
-    network = _network(plan)
-    stays = head_names(network, plan.model)
-    template = {name: value for name, value in parameters(network).items() if name not in stays}
+    template = starting_point.starting(plan, _network(plan))
     wrong = [name for name, value in template.items() if name not in params or params[name].shape != value.shape]
     if wrong:
         what = f"lack {wrong[0]!r} or have it in another shape"
@@ -41,10 +52,9 @@ def travelling(plan: StudyPlan, params: Params) -> Params:
 
 
 def round_names(plan: StudyPlan) -> tuple[str, ...]:
-    """The names that travel in every round: the trainable shared part."""
-    return shared_names(_network(plan), plan.model)
+    """The names that travel in every round."""
+    return tuple(starting_point.travelling(plan, _network(plan)))
 
 
 def _network(plan: StudyPlan) -> nn.Module:
-    ways = len(plan.labels_of(plan.training_sites[0]))  # of a shared head; a site's own head does not travel
-    return build_model(plan.model, plan.task, ways=ways, seed=plan.seed)
+    return starting_point.network_of(plan, plan.training_sites[0])  # a site's own head does not travel

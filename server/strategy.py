@@ -26,7 +26,7 @@ from common.errors import RunError
 from common.params import Arrays, Params, digest, norm, select, to_arrays, to_tensors
 from common.plan import StudyPlan
 from common.records import TRAIN, SiteReply, TrainInstruction
-from server.aggregation import RunningMean, Template, reason_to_reject, site_weights
+from server.aggregation import RunningMean, Template, reason_to_reject, site_weights, weight_of
 from server.exchange import address, collect, send
 from server.history import RoundRecord, SiteOutcome
 from server.observer import Observer
@@ -139,10 +139,10 @@ class ConsiliumStrategy(Strategy):
         self._outcomes = {}
         for message in replies:
             site = self._roll.ready[self._asked[message.metadata.reply_to_message_id]]
-            check = partial(_objection, site, server_round, self._plan.digest, self._template, self._ledgers.get(site))
+            check = partial(_objection, site, server_round, self._plan, self._template, self._ledgers.get(site))
             outcome, reply = judge(message, site=site, seconds=time.monotonic() - began, objection=check)
             if reply is not None:
-                mean.add(reply.update, weight=self._weights[site])
+                mean.add(reply.update, weight=weight_of(self._plan, reply, self._weights[site]))
                 self._ledgers[site] = (reply.ledger_rows, reply.ledger_head)
             self._settle(server_round, outcome)
         self._settle_silent(server_round, waited_s=time.monotonic() - began)
@@ -186,9 +186,10 @@ class ConsiliumStrategy(Strategy):
 
 
 def _objection(
-    site: str, number: int, plan_digest: str, template: Template, ledger: Ledger | None, reply: SiteReply
+    site: str, number: int, plan: StudyPlan, template: Template, ledger: Ledger | None, reply: SiteReply
 ) -> str | None:
-    reason = reason_to_reject(reply, site=site, plan_digest=plan_digest, round=number, template=template)
+    scored = plan.outer.weights == "score"
+    reason = reason_to_reject(reply, site=site, plan_digest=plan.digest, round=number, template=template, scored=scored)
     return reason or ledger_objection(reply, ledger)
 
 

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from common.accounting import PrivacyCost, plan_cost
+from common.algorithms import ALGORITHMS
 from common.errors import PlanError, Problem
-from common.models import build_model, head_names, parameters, shared_names
+from common.models import parameters, part_names
+from common.params import select
 from common.plan import StudyPlan, load_plan
+from common.starting_point import network_of, travelling
 from common.yaml_lines import YamlDocument, read_yaml
 from server.plan_in_words import plan_in_words
 
@@ -60,7 +63,7 @@ def check_study(path: Path) -> StudyCheck:
     rows = tuple(SiteCost(cost, _noise_to_signal(plan, cost)) for cost in costs)
     return StudyCheck(
         plan=plan,
-        sentences=tuple(plan_in_words(plan, costs, shared_numbers=_count(plan, plan.training_sites[0], shared_names))),
+        sentences=tuple(plan_in_words(plan, costs, shared_numbers=_shared_numbers(plan))),
         costs=rows,
         warnings=tuple(_warnings(plan, rows)),
     )
@@ -142,15 +145,22 @@ def _noise_in_the_mean(rows: tuple[SiteCost, ...]) -> float:
 
 
 def _noise_to_signal(plan: StudyPlan, cost: PrivacyCost) -> float:
-    """z sqrt(d) / B, d numbers in a gradient: the noise's norm is z C sqrt(d) / B, the mean's at most C."""
-    numbers = _count(plan, cost.site, shared_names) + _count(plan, cost.site, head_names)
-    return cost.noise_multiplier * math.sqrt(numbers) / cost.expected_batch
+    """z sqrt(d) / B, d numbers in a gradient: the noise's norm is z C sqrt(d) / B, the mean's at most C.
+
+    Over m episodes the noise's norm is 2 z C sqrt(d) / m.
+    """
+    network = network_of(plan, cost.site)
+    asked = "film" if plan.model.trainable == "mapping" else plan.model.trainable
+    values = select(parameters(network), part_names(network, asked))
+    noise = cost.noise_multiplier * math.sqrt(sum(value.numel() for value in values.values()))
+    if ALGORITHMS[plan.algorithm.name].asks == "episodes":
+        return 2 * noise / plan.algorithm.episodes
+    return noise / cost.expected_batch
 
 
-def _count(plan: StudyPlan, site: str, names: Any) -> int:
-    network = build_model(plan.model, plan.task, ways=len(plan.labels_of(site)))
-    values = parameters(network)
-    return sum(values[name].numel() for name in names(network, plan.model))
+def _shared_numbers(plan: StudyPlan) -> int:
+    shared = travelling(plan, network_of(plan, plan.training_sites[0]))
+    return sum(value.numel() for value in shared.values())
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.metrics import METRICS
 from common.trials import CEILING, RANDOM, Estimate, Kind, Trial, interval, mean, split_means
 
 AVERAGING = "fedavg"  # arm
 WITHOUT_PRIVACY = " without privacy"  # suffix of an arm
-LEAD_METRIC = "balanced_accuracy"
 
 _Target = tuple[Kind, str]
 _Column = tuple[str, int, str]  # arm, shots, metric
@@ -29,27 +27,30 @@ class Row:
     kind: Kind
     target: str | None  # None: the mean over the targets that count
     arm: str
-    shots: int  # images per class; 0 for the ceiling
+    shots: int  # as in the trials; 0 for the ceiling
     metric: str
     value: Estimate
     over_random: Estimate | None  # paired difference: same splits, same support sets; None without such a pair
     over_averaging: Estimate | None
     trials: int
     targets: int  # 1, or how many the mean is over
+    chance: float  # the lead metric by guessing, a mean like the value
     learnable: bool  # False: the target's ceiling includes chance
 
 
 class _Table:
     """Trials by target and column."""
 
-    def __init__(self, trials: Sequence[Trial]) -> None:
+    def __init__(self, trials: Sequence[Trial], lead: str) -> None:
         values: dict[tuple[_Target, _Column], list[tuple[int, float]]] = defaultdict(list)
-        self.ways: dict[_Target, int] = {}
+        chances: dict[_Target, list[float]] = defaultdict(list)
         for trial in trials:
             target = (trial.kind, trial.target)
-            self.ways[target] = trial.ways
-            for metric in METRICS:
-                values[target, (trial.arm, trial.shots, metric)].append((trial.split, trial.metrics[metric]))
+            chances[target].append(trial.chance)
+            for metric, value in trial.metrics.items():
+                values[target, (trial.arm, trial.shots, metric)].append((trial.split, value))
+        self.lead = lead
+        self.chance = {target: mean(every) for target, every in chances.items()}
         self.splits = {key: split_means(pairs) for key, pairs in values.items()}
         self.counts = {key: len(pairs) for key, pairs in values.items()}
 
@@ -69,16 +70,19 @@ class _Table:
 
     def learnable(self, target: _Target) -> bool:
         """Whether the interval of the target's ceiling lies above chance; True where none was measured."""
-        ceiling = self.splits.get((target, (CEILING, 0, LEAD_METRIC)))
-        return ceiling is None or interval(list(ceiling.values())).low > 1 / self.ways[target]
+        ceiling = self.splits.get((target, (CEILING, 0, self.lead)))
+        return ceiling is None or interval(list(ceiling.values())).low > self.chance[target]
 
 
-def summarise(trials: Sequence[Trial]) -> list[Row]:
-    """Rows per target, arm, shots and metric; then, for each kind, the means over the targets that count."""
-    table = _Table(trials)
-    rows = [_row(table, [target], column, target[1]) for target in table.ways for column in table.columns([target])]
-    for kind in dict.fromkeys(kind for kind, _ in table.ways):
-        counted = [target for target in table.ways if target[0] == kind and table.learnable(target)]
+def summarise(trials: Sequence[Trial], *, lead: str) -> list[Row]:
+    """Rows per target, arm, shots and metric; then, for each kind, the means over the targets that count.
+
+    `lead` is the metric by which a target's ceiling is held against guessing.
+    """
+    table = _Table(trials, lead)
+    rows = [_row(table, [target], column, target[1]) for target in table.chance for column in table.columns([target])]
+    for kind in dict.fromkeys(kind for kind, _ in table.chance):
+        counted = [target for target in table.chance if target[0] == kind and table.learnable(target)]
         rows += [_row(table, counted, column, None) for column in table.columns(counted) if counted]
     return rows
 
@@ -97,6 +101,7 @@ def _row(table: _Table, targets: list[_Target], column: _Column, name: str | Non
         over_averaging=_difference(table, targets, column, AVERAGING + suffix),
         trials=sum(table.counts[target, column] for target in targets),
         targets=len(targets),
+        chance=mean([table.chance[target] for target in targets]),
         learnable=all(map(table.learnable, targets)),
     )
 

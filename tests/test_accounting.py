@@ -172,6 +172,32 @@ def test_fomaml_pays_for_its_query_step(make_plan) -> None:
     assert queries_per_round(make_plan(algorithm={"name": "fomaml", "inner_steps": 2})) == 4
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "queries"),
+    [
+        ({"name": "maml", "inner_steps": 7, "meta_steps": 3}, 3),
+        ({"name": "anil", "inner_steps": 7, "meta_steps": 3}, 3),
+        ({"name": "metasgd", "inner_steps": 7, "meta_steps": 3}, 3),
+        ({"name": "protonet", "meta_steps": 3}, 3),
+        ({"name": "prototypes", "inner_steps": 2}, 3),
+        ({"name": "mapping", "inner_steps": 2}, 3),
+        ({"name": "mrmtl", "inner_steps": 2, "proximal": 0.1}, 2),
+        ({"name": "transfer"}, 0),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_what_a_round_of_each_algorithm_is_charged(make_plan, algorithm: dict[str, object], queries: int) -> None:
+    """Steps of an inner loop inside an episode ask nothing: the episode's whole gradient is one query."""
+    trainable = "mapping" if algorithm["name"] == "mapping" else "film"
+    model = {"name": "conv4", "width": 8, "trainable": trainable}
+    plan = make_plan(algorithm=algorithm, model=model, evaluation={"compare": []})
+    assert queries_per_round(plan) == (queries + 1 if queries else 0), "the monitor is one more"
+
+
+def test_a_score_that_weighs_is_one_more_query_without_privacy(make_plan) -> None:
+    assert queries_per_round(make_plan(privacy=None, outer={"weights": "score"})) == 3
+
+
 def test_a_plan_without_privacy_has_no_cost(make_plan) -> None:
     assert plan_cost(make_plan(privacy=None), "alder") is None
 

@@ -1,71 +1,54 @@
-"""Adaptation against its closed form, and what a few-shot trial may and may not touch."""
+"""What a few-shot trial may and may not touch, for every kind of task."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from client.adapt import ceiling_trials, few_shot_trials, patient_splits
+from client.adapt import ceiling_trials, few_shot_trials, sights
+from client.answers import judge
 from client.data.dataset import SiteData
+from client.data.rows import Details
+from client.splits import patient_splits, support_groups, support_rows
+from common.algorithms import ALGORITHMS
+from common.episodes import evenly
 from common.errors import DataError
 from common.inner_loop import adapt
+from common.learner import Learner
 from common.models import HEAD, build_model, parameters
 from common.params import Params, subtract
-from common.plan import AdaptationSpec, StudyPlan
+from common.plan import AdaptationSpec, RowFilter, StudyPlan
+from common.tasks import TASKS
 from common.trials import Trial
 
-RATE, STEPS = 0.3, 4
-W0, Y = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([0.5, 0.5, 0.5])
 
-
-class Point(nn.Module):
-    """The network whose output is its parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.full((3,), 7.0))  # never read: adapt() goes by the parameters it is given
-
-    def forward(self, _: Tensor) -> Tensor:
-        return self.w
-
-
-def half_square(output: Tensor, target: Tensor) -> Tensor:
-    return 0.5 * (output - target).square().sum()
-
-
-def adapt_point(start: Tensor, *, create_graph: bool = False) -> Tensor:
-    spec = AdaptationSpec(trainable="all", steps=STEPS, lr=RATE)
-    none = torch.zeros(0)
-    return adapt(Point(), {"w": start}, none, Y, spec, loss=half_square, create_graph=create_graph)["w"]
-
-
-def test_steps_on_the_quadratic() -> None:
-    phi = adapt_point(W0)
-    torch.testing.assert_close(phi, Y + (1 - RATE) ** STEPS * (W0 - Y))
-    assert not phi.requires_grad
-
-
-def test_exact_meta_gradient_on_the_quadratic() -> None:
-    start = W0.clone().requires_grad_()
-    half_square(adapt_point(start, create_graph=True), Y).backward()
-    torch.testing.assert_close(start.grad, (1 - RATE) ** (2 * STEPS) * (W0 - Y))
-
-
-def test_first_order_meta_gradient_on_the_quadratic() -> None:
-    phi = adapt_point(W0.clone().requires_grad_()).requires_grad_()
-    half_square(phi, Y).backward()
-    torch.testing.assert_close(phi.grad, (1 - RATE) ** STEPS * (W0 - Y))
-
-
-def plan_of(**changes: object) -> StudyPlan:
-    evaluation = {"shots": [1, 5], "splits": 2, "draws": 2, "adaptation": {"steps": 3, "lr": 0.1}, **changes}
+def plan_of(
+    task: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    algorithm: dict[str, Any] | None = None,
+    **changes: object,
+) -> StudyPlan:
+    evaluation = {
+        "shots": [1, 5],
+        "splits": 2,
+        "draws": 2,
+        "adaptation": {"steps": 3, "lr": 0.1},
+        "compare": [],
+        **changes,
+    }
     return StudyPlan.model_validate(
         {
             "study": "test",
-            "task": {"kind": "classification", "image_size": 16, "label_sets": {"two": ["normal", "ill"]}},
+            "task": {"kind": "classification", "image_size": 16, "label_sets": {"two": ["normal", "ill"]}}
+            | (task or {}),
             "sites": {"alder": {"labels": "two", "patients": 10}},
-            "model": {"name": "conv4", "width": 8},
+            "model": {"name": "conv4", "width": 8} | (model or {}),
+            "algorithm": algorithm or {},
             "rounds": 1,
             "quorum": 1,
             "privacy": "none",
@@ -91,6 +74,14 @@ def data() -> SiteData:
     return site(patients, [p % 2 for p in patients])
 
 
+def learner(network: nn.Module) -> Learner:
+    return Learner(network, TASKS["classification"])  # type: ignore[arg-type]
+
+
+def everything(data: SiteData) -> Any:
+    return evenly(data.inputs(), data.targets)
+
+
 def with_head(params: Params) -> Params:
     """A head that is not zero, so that the body has a gradient."""
     rng = torch.Generator().manual_seed(8)
@@ -107,7 +98,7 @@ def test_only_the_named_part_moves(data: SiteData, part: str, moves: str | None)
     network = build_model(plan.model, plan.task, ways=2, seed=1)
     start = with_head(parameters(network))
     spec = AdaptationSpec(trainable=part, steps=2, lr=0.1)
-    after = adapt(network, start, data.normalised(), data.labels, spec)
+    after = adapt(learner(network), start, everything(data), spec)
     moved = {name for name, change in subtract(after, start).items() if change.abs().max() > 0}
     norms = {
         f"{prefix}.{leaf}"
@@ -125,8 +116,9 @@ def test_cached_features_change_nothing(data: SiteData) -> None:
     """Adapting the head alone equals descent on the whole network with the body frozen."""
     plan = plan_of()
     network = build_model(plan.model, plan.task, ways=2, seed=1)
-    images, labels = data.normalised(), data.labels
-    found = adapt(network, parameters(network), images, labels, AdaptationSpec(trainable="head", steps=5, lr=0.1))
+    images, labels = data.inputs(), data.labels
+    spec = AdaptationSpec(trainable="head", steps=5, lr=0.1)
+    found = adapt(learner(network), parameters(network), everything(data), spec)
     heads = [p for name, p in network.named_parameters() if name.startswith(HEAD)]
     for _ in range(5):
         gradients = torch.autograd.grad(nn.functional.cross_entropy(network(images), labels), heads)
@@ -141,7 +133,7 @@ def test_the_body_runs_once_for_the_head(data: SiteData) -> None:
     network = build_model(plan.model, plan.task, ways=2)
     runs: list[int] = []
     network.body.register_forward_hook(lambda *_: runs.append(1))
-    adapt(network, parameters(network), data.normalised(), data.labels, AdaptationSpec(trainable="head", steps=7))
+    adapt(learner(network), parameters(network), everything(data), AdaptationSpec(trainable="head", steps=7))
     assert len(runs) == 1
 
 
@@ -150,7 +142,7 @@ def test_meta_gradient_of_the_head_reaches_the_body(data: SiteData) -> None:
     network = build_model(plan.model, plan.task, ways=2)
     start: Params = {name: value.requires_grad_() for name, value in parameters(network).items()}
     spec = AdaptationSpec(trainable="head", steps=2)
-    phi = adapt(network, start, data.normalised(), data.labels, spec, create_graph=True)
+    phi = adapt(learner(network), start, everything(data), spec, second_order=True)
     phi["head.weight"].square().sum().backward()
     gradient = start[first_convolution(network)].grad
     assert gradient is not None
@@ -161,8 +153,8 @@ def test_the_head_has_its_own_rate(data: SiteData) -> None:
     plan = plan_of()
     network = build_model(plan.model, plan.task, ways=2)
     start = parameters(network)
-    slow = adapt(network, start, data.normalised(), data.labels, AdaptationSpec(steps=1, lr=0.1))
-    fast = adapt(network, start, data.normalised(), data.labels, AdaptationSpec(steps=1, lr=0.1, head_lr=0.2))
+    slow = adapt(learner(network), start, everything(data), AdaptationSpec(steps=1, lr=0.1))
+    fast = adapt(learner(network), start, everything(data), AdaptationSpec(steps=1, lr=0.1, head_lr=0.2))
     torch.testing.assert_close(fast["head.weight"], 2 * slow["head.weight"])
     body = first_convolution(network)
     torch.testing.assert_close(fast[body], slow[body])
@@ -195,20 +187,26 @@ def test_splits_differ_and_come_back_by_seed(data: SiteData) -> None:
     assert not torch.equal(first.support, other.support)
 
 
-def test_every_start_meets_the_same_images(data: SiteData, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def supports(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The inputs of every support set that an adaptation is given, in order."""
+    seen: list[Tensor] = []
+    plain = ALGORITHMS["reptile"]
+
+    def spy(of: Learner, params: Params, support: Any, *specs: Any) -> Params:
+        seen.append(support.inputs.clone())
+        return plain.adapt(of, params, support, *specs)
+
+    monkeypatch.setitem(ALGORITHMS, "reptile", replace(plain, adapt=spy))
+    return seen
+
+
+def test_every_start_meets_the_same_images(data: SiteData, supports: list[Tensor]) -> None:
     plan = plan_of()
-    seen: dict[str, list[Tensor]] = {}
-    for arm, start in (("random", None), ("meta", body_of(plan, seed=9))):
-        seen[arm] = []
-
-        def spy(*args: object, to: list[Tensor] = seen[arm], **kwargs: object) -> Params:
-            to.append(args[2].clone())  # type: ignore[attr-defined]
-            return adapt(*args, **kwargs)  # type: ignore[arg-type]
-
-        monkeypatch.setattr("client.adapt.adapt", spy)
-        few_shot_trials(start, data, plan, arm=arm, kind="held-out site", seed=1)
-    assert len(seen["random"]) == 8
-    assert all(map(torch.equal, seen["random"], seen["meta"]))
+    few_shot_trials(None, data, plan, arm="random", kind="held-out site", seed=1)
+    few_shot_trials(body_of(plan, seed=9), data, plan, arm="meta", kind="held-out site", seed=1)
+    assert len(supports) == 16
+    assert all(map(torch.equal, supports[:8], supports[8:]))
 
 
 def body_of(plan: StudyPlan, *, seed: int) -> Params:
@@ -216,18 +214,11 @@ def body_of(plan: StudyPlan, *, seed: int) -> Params:
     return {name: value for name, value in params.items() if not name.startswith(HEAD)}
 
 
-def test_support_takes_different_patients_first(data: SiteData, monkeypatch: pytest.MonkeyPatch) -> None:
-    supports: list[Tensor] = []
-
-    def spy(network: nn.Module, params: Params, images: Tensor, labels: Tensor, spec: AdaptationSpec) -> Params:
-        supports.append(images)
-        return params
-
-    monkeypatch.setattr("client.adapt.adapt", spy)
+def test_support_takes_different_patients_first(data: SiteData, supports: list[Tensor]) -> None:
     few_shot_trials(None, data, plan_of(shots=[3]), arm="random", kind="held-out site", seed=0)
-    everything = data.normalised()
-    for images in supports:  # three images of each class from three patients each
-        rows = [int((everything == image).flatten(1).all(dim=1).nonzero()) for image in images]
+    every = data.inputs()
+    for inputs in supports:  # three images of each class from three patients each
+        rows = [int((every == image).flatten(1).all(dim=1).nonzero()) for image in inputs]
         assert len(set(data.patients[rows].tolist())) == 6
         assert sorted(data.labels[rows].tolist()) == [0, 0, 0, 1, 1, 1]
 
@@ -259,17 +250,17 @@ def test_the_ceiling_learns_what_is_easy(data: SiteData, monkeypatch: pytest.Mon
 
 
 def test_an_adaptation_that_diverges_counts_as_guessing(data: SiteData, monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverge(network: nn.Module, params: Params, *_: object) -> Params:
+    def diverge(of: Learner, params: Params, *_: object) -> Params:
         return {name: value * float("nan") for name, value in params.items()}
 
-    monkeypatch.setattr("client.adapt.adapt", diverge)
+    monkeypatch.setitem(ALGORITHMS, "reptile", replace(ALGORITHMS["reptile"], adapt=diverge))
     trials = few_shot_trials(None, data, plan_of(), arm="random", kind="held-out site", seed=1)
     assert {trial.note for trial in trials} == {"the adaptation diverged and counts as guessing"}
     assert {trial.metrics["balanced_accuracy"] for trial in trials} == {0.5}
 
 
 def test_queries_are_capped(data: SiteData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.adapt.MAX_QUERIES", 7)
+    monkeypatch.setattr("client.splits.MAX_QUERIES", 7)
     split = next(patient_splits(data, 1, seed=0))
     assert len(split.query) == 7
     assert len(split.support) == 18
@@ -305,5 +296,213 @@ def test_trials_do_not_touch_global_randomness(data: SiteData) -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    few_shot_trials(None, replace(data, site="birch"), plan_of(), arm="random", kind="held-out site", seed=1)
+    few_shot_trials(None, data, plan_of(), arm="random", kind="held-out site", seed=1)
     assert torch.equal(torch.rand(1), expected)
+
+
+def findings(count: int) -> SiteData:
+    """Stripes across for the first finding, a bright square for the second; each patient has one image."""
+    rng = torch.Generator().manual_seed(3)
+    labels = torch.tensor([[i % 2, i // 2 % 2] for i in range(count)]).float()
+    images = torch.randint(0, 60, (count, 1, 16, 16), generator=rng)
+    images = images + 120 * labels[:, 0].reshape(-1, 1, 1, 1).long() * (torch.arange(16) // 2 % 2)
+    images[labels[:, 1] > 0, :, 4:10, 4:10] = 250
+    ids = tuple(f"p{i}" for i in range(count))
+    return SiteData(
+        "alder",
+        images.clamp(0, 255).to(torch.uint8),
+        labels,
+        torch.arange(count),
+        ("stripes", "square"),
+        ids,
+        ("train",) * count,
+        kind="multilabel",
+    )
+
+
+def squares(count: int) -> SiteData:
+    """A bright square somewhere on noise; the mask says where."""
+    rng = torch.Generator().manual_seed(4)
+    images = torch.randint(0, 90, (count, 1, 16, 16), generator=rng)
+    masks = torch.zeros(count, 16, 16, dtype=torch.uint8)
+    for i in range(count):
+        top, left = torch.randint(0, 9, (2,), generator=rng).tolist()
+        masks[i, top : top + 7, left : left + 7] = 1
+    images = (images + 160 * masks.unsqueeze(1)).clamp(0, 255).to(torch.uint8)
+    ids = tuple(f"p{i}" for i in range(count))
+    none = torch.zeros(count, dtype=torch.int64)
+    return SiteData(
+        "alder",
+        images,
+        none,
+        torch.arange(count),
+        ("background", "square"),
+        ids,
+        ("train",) * count,
+        masks=masks,
+        kind="segmentation",
+    )
+
+
+def tumours(count: int) -> SiteData:
+    """Smooth waves; every third image has a bright blot."""
+    rng = torch.Generator().manual_seed(5)
+    wave = 100 + 40 * torch.sin(torch.arange(16) / 3).reshape(1, 1, 1, 16)
+    images = (wave + torch.randn(count, 1, 16, 16, generator=rng) * 4).expand(count, 1, 16, 16).clone()
+    labels = (torch.arange(count) % 3 == 0).long()
+    images[labels > 0, :, 5:11, 5:11] = 250
+    ids = tuple(f"p{i}" for i in range(count))
+    return SiteData(
+        "alder",
+        images.clamp(0, 255).to(torch.uint8),
+        labels,
+        torch.arange(count),
+        ("healthy", "tumour"),
+        ids,
+        ("train",) * count,
+        kind="anomaly",
+    )
+
+
+FINDINGS = {"kind": "multilabel", "label_sets": {"two": ["stripes", "square"]}}
+MASKS = {"kind": "segmentation", "label_sets": {"two": ["background", "square"]}}
+HEALTHY = {"kind": "anomaly", "label_sets": {"two": ["healthy", "tumour"]}}
+UNET = {"name": "unet"}
+AUTOENCODER = {"name": "autoencoder", "head": "shared"}
+MOVES = {"trainable": "all", "steps": 30, "lr": 0.3}
+REDRAWS = {"trainable": "all", "steps": 30, "lr": 0.03}
+
+
+@pytest.mark.parametrize(
+    ("made", "plan", "metric", "least"),
+    [
+        (findings, plan_of(FINDINGS, shots=[5], adaptation=MOVES), "balanced_accuracy", 0.8),
+        (squares, plan_of(MASKS, UNET, shots=[8], adaptation=MOVES), "dice", 0.7),
+        (tumours, plan_of(HEALTHY, shots=[8], adaptation={"trainable": "head"}), "auroc", 0.9),
+        (tumours, plan_of(HEALTHY, AUTOENCODER, shots=[8], adaptation=REDRAWS), "auroc", 0.9),
+    ],
+    ids=["findings", "masks", "healthy prototypes", "reconstruction"],
+)
+def test_every_kind_of_task_is_learned_from_a_few_images(
+    made: Callable[[int], SiteData], plan: StudyPlan, metric: str, least: float
+) -> None:
+    trials = few_shot_trials(None, made(48), plan, arm="random", kind="held-out site", seed=1)
+    assert {trial.note for trial in trials} == {""}
+    reached = sum(trial.metrics[metric] for trial in trials) / len(trials)
+    assert reached > least
+    assert reached > trials[0].chance
+
+
+def test_only_healthy_images_support_an_anomaly_study() -> None:
+    data = tumours(30)
+    split = next(patient_splits(data, 1, seed=0))
+    (group,) = support_groups(data, split, torch.Generator())
+    assert group.name == "healthy"
+    assert set(data.labels[group.rows].tolist()) == {0}
+    assert 1 in data.labels[split.query]
+
+
+def test_an_image_with_two_findings_supports_both_and_counts_once() -> None:
+    data = findings(40)
+    split = next(patient_splits(data, 1, seed=0))
+    groups = support_groups(data, split, torch.Generator())
+    assert [group.name for group in groups] == ["stripes", "square", "no finding"]
+    rows = support_rows(groups, 100)
+    assert sorted(rows.tolist()) == sorted(split.support.tolist())
+
+
+def test_support_sets_are_drawn_from_each_modality(data: SiteData) -> None:
+    data = replace(data, modalities=torch.arange(len(data)) % 2)
+    split = next(patient_splits(data, 1, seed=0))
+    groups = support_groups(data, split, torch.Generator())
+    rows = support_rows(groups, 2)
+    assert len(groups) == 4
+    drawn = [(int(data.labels[row]), int(data.modalities[row])) for row in rows]  # type: ignore[index]
+    assert all(drawn.count((label, modality)) == 2 for label in (0, 1) for modality in (0, 1))
+
+
+class _Says(nn.Module):
+    """The body that answers with what stands in the first two pixels."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs[:, 0, 0, :2]
+
+
+def test_a_patient_with_two_modalities_is_fused_late() -> None:
+    """Three images of one modality and one of another count half each, not three quarters to one."""
+    network = build_model(plan_of().model, plan_of().task, ways=2)
+    network.body, network.head = _Says(), nn.Identity()
+    inputs = torch.zeros(5, 1, 1, 2)
+    inputs[:3, 0, 0] = torch.tensor([0.0, 1.0])
+    inputs[3, 0, 0] = torch.tensor([1.2, 0.0])
+    inputs[4, 0, 0] = torch.tensor([0.0, 1.0])
+    data = SiteData(
+        "alder",
+        torch.zeros(5, 1, 1, 2, dtype=torch.uint8),
+        torch.tensor([0, 0, 0, 0, 1]),
+        torch.tensor([0, 0, 0, 0, 1]),
+        ("normal", "ill"),
+        ("a", "b"),
+        ("test",) * 5,
+        modalities=torch.tensor([0, 0, 0, 1, 0]),
+    )
+
+    def accuracy(fuse: str) -> float:
+        support = evenly(inputs, data.labels)
+        return judge(learner(network), {}, support, data, inputs, plan_of(fuse=fuse)).metrics["balanced_accuracy"]
+
+    assert accuracy("image") == pytest.approx((0.25 + 1) / 2)
+    assert accuracy("patient") == 1.0  # logits (0.6, 0.5); three quarters to one would say (0.3, 0.75)
+
+
+def test_a_subgroup_is_a_task_of_its_own(data: SiteData) -> None:
+    details = tuple(Details(sex="F" if p % 4 < 2 else "M", age=20.0 + p) for p in data.patients.tolist())
+    women = replace(data, details=details).matching(RowFilter(sex=["F"], min_age=24))
+    assert set(women.patients.tolist()) == {4, 5, 8, 9}
+    trials = few_shot_trials(None, women, plan_of(), arm="random", kind="held-out site", seed=1, target="alder/women")
+    assert {trial.target for trial in trials} == {"alder/women"}
+
+
+def test_unknown_details_match_only_what_asks_nothing() -> None:
+    assert Details().match(RowFilter())
+    for wanted in (RowFilter(sex=["F"]), RowFilter(min_age=0), RowFilter(max_age=200), RowFilter(scanner=["x"])):
+        assert not Details().match(wanted)
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "mapping"])
+def test_a_new_hospital_adapts_what_any_algorithm_learned(data: SiteData, name: str) -> None:
+    pull = {"proximal": 0.1} if name in ("fedprox", "mrmtl") else {}
+    plan = plan_of(algorithm={"name": name, **pull}, shots=[5])
+    trials = few_shot_trials(body_of(plan, seed=2), data, plan, arm="meta", kind="held-out site", seed=1)
+    assert {trial.note for trial in trials} == {""}
+
+
+def test_learned_rates_are_used(data: SiteData) -> None:
+    plan = plan_of(algorithm={"name": "metasgd"}, shots=[5])
+    body = body_of(plan, seed=2)
+    still = {f"rate.{name}": torch.zeros(1) for name in ("head.weight", "head.bias")}
+    run = {
+        arm: few_shot_trials(start, data, plan, arm="meta", kind="held-out site", seed=1)
+        for arm, start in (("plan's", body), ("none", body | still))
+    }
+    assert {trial.metrics["balanced_accuracy"] for trial in run["none"]} == {0.5}  # a zero head that never moves
+    assert run["plan's"] != run["none"]
+
+
+def test_sights_show_what_the_first_trial_found() -> None:
+    data, plan = squares(24), plan_of(MASKS, UNET, shots=[8], adaptation=MOVES)
+    seen = sights(None, data, plan, count=3, seed=1)
+    assert len({sight.row for sight in seen}) == 3
+    for sight in seen:
+        assert sight.found is not None
+        assert data.masks is not None
+        both = ((sight.found > 0) & (data.masks[sight.row] > 0)).sum()
+        assert 2 * both / ((sight.found > 0).sum() + (data.masks[sight.row] > 0).sum()) > 0.5
+    anomalies = tumours(30)
+    plan = plan_of(HEALTHY, AUTOENCODER, shots=[8], adaptation=REDRAWS)
+    shown = sights(None, anomalies, plan, count=4, seed=1)
+    unusual = {bool(anomalies.labels[sight.row]): sight for sight in shown}
+    assert unusual[True].score > unusual[False].score
+    hottest = unusual[True].found
+    assert hottest is not None
+    assert divmod(int(hottest.argmax()), 16) in [(y, x) for y in range(4, 12) for x in range(4, 12)]

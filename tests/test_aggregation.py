@@ -14,7 +14,7 @@ from common.accounting import plan_cost
 from common.plan import StudyPlan
 from common.records import SiteReply
 from server import aggregation
-from server.aggregation import RunningMean, reason_to_reject, site_weights
+from server.aggregation import RunningMean, reason_to_reject, site_weights, weight_of
 
 TEMPLATE = {"body.weight": (2, 3), "body.bias": (3,)}
 VALUES = st.floats(-1e3, 1e3, width=32)
@@ -101,6 +101,32 @@ def test_precision_where_nothing_is_asked():
     assert site_weights(plan, SITES) == pytest.approx(dict.fromkeys(SITES, 1 / 3))
 
 
+@pytest.mark.parametrize(("score", "weight"), [(0.5, 0.25), (1.0, 0.5), (0.005, 0.005), (0.0, 0.005)])
+def test_a_score_multiplies_the_weight_and_never_makes_it_zero(score, weight):
+    """Two sites of equal weight; noise may have made a score 0."""
+    plan = _plan(weights="score")
+    own = site_weights(plan, ["alder", "birch"])["alder"]
+    assert own == 0.5
+    assert weight_of(plan, replace(GOOD, accuracy=score), own) == pytest.approx(weight)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=5))
+def test_weights_by_score_are_proportional_to_the_scores(scores):
+    """The mean of updates 0, 1, 2 .. is that of their numbers, each counted by its score."""
+    plan, mean = _plan(weights="score"), RunningMean(TEMPLATE)
+    for number, score in enumerate(scores):
+        reply = replace(GOOD, update=update_of([float(number)] * 9), accuracy=score)
+        mean.add(reply.update, weight=weight_of(plan, reply, 1 / len(scores)))
+    wanted = sum(number * score for number, score in enumerate(scores)) / sum(scores)
+    assert mean.mean()["body.bias"].numpy() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["equal", "patients", "precision"])
+def test_only_weights_by_score_look_at_the_score(weights):
+    assert weight_of(_plan(weights=weights), replace(GOOD, accuracy=0.1), 0.3) == 0.3
+
+
 def _plan(*, weights: str, **changes):
     plan = {
         "study": "tiny",
@@ -118,12 +144,20 @@ def _plan(*, weights: str, **changes):
 GOOD = SiteReply(site="alder", code="ok", plan_digest="d", round=3, update=update_of([1.0] * 9))
 
 
-def reason(reply: SiteReply) -> str | None:
-    return reason_to_reject(reply, site="alder", plan_digest="d", round=3, template=TEMPLATE)
+def reason(reply: SiteReply, *, scored: bool = False) -> str | None:
+    return reason_to_reject(reply, site="alder", plan_digest="d", round=3, template=TEMPLATE, scored=scored)
 
 
 def test_a_good_reply_is_accepted():
     assert reason(GOOD) is None
+
+
+@pytest.mark.parametrize("score", [math.nan, -0.1, 1.1])
+def test_a_reply_without_a_score_is_rejected_where_it_would_be_its_weight(score):
+    reply = replace(GOOD, accuracy=score)
+    assert reason(reply) is None
+    assert reason(reply, scored=True) == "the reply has no score between 0 and 1, which would be its weight"
+    assert reason(replace(GOOD, accuracy=0.7), scored=True) is None
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from client.data.checks import describe
-from client.data.dataset import normalise
-from client.data.load import load_images
+from client.data.load import load_images, load_site
 from client.data.phantoms import PROFILES, draw_hospital, make_phantom_sites
 from client.site import load_site_config
 from common.errors import DataError
+from common.images import normalise
 from common.models import build_model
-from common.plan import ModelSpec, TaskSpec
+from common.plan import ModelSpec, StudyPlan, TaskSpec
 
 HEALTHY = "none"
 
@@ -67,6 +67,61 @@ def test_a_patient_depends_on_seed_name_and_number_alone() -> None:
     np.testing.assert_array_equal(few.images, many.images[: len(few.images)])
     other = draw_hospital("elm", patients=4, image_size=32, channels=1, seed=6)
     assert len(other.images) != len(few.images) or (other.images != few.images).any()
+
+
+@pytest.mark.parametrize("name", ["poplar", "spruce"])
+def test_two_findings_come_independently(name: str) -> None:
+    site = draw_hospital(name, patients=80, image_size=32, channels=1, seed=0)
+    shown = [set(site.label_names[label].split("|")) - {HEALTHY} for label in site.labels]
+    patients = dict(zip(site.patients.tolist(), shown, strict=True))
+    table = [
+        [sum(("nodule" in f) == n and ("effusion" in f) == e for f in patients.values()) for n in (0, 1)]
+        for e in (0, 1)
+    ]
+    assert table == [[20, 20], [20, 20]]
+    assert site.masks is not None
+    area = np.array([[bool(f), len(f) == 2, mask.mean()] for f, mask in zip(shown, site.masks, strict=True)])
+    assert area[area[:, 0] == 0, 2].max() == 0
+    one, two = (area[(area[:, 0] == 1) & (area[:, 1] == both), 2].mean() for both in (0, 1))
+    assert two == pytest.approx(2 * one, rel=0.2), "both are marked where both are drawn"
+
+
+def test_two_findings_are_a_multilabel_task(tmp_path: Path, make_plan: Callable[..., StudyPlan]) -> None:
+    (folder,) = make_phantom_sites(tmp_path, names=["spruce"], patients=16, image_size=16)
+    task = {"kind": "multilabel", "image_size": 16, "label_sets": {"chest": ["nodule", "effusion"]}}
+    plan = make_plan(task=task, sites={"spruce": {"labels": "chest", "patients": 8}}, quorum=1)
+    data = load_site(folder, plan)
+    patients = {int(patient): tuple(row) for patient, row in zip(data.patients, data.labels.tolist(), strict=True)}
+    assert sorted(patients.values()) == sorted([(0, 0), (0, 1), (1, 0), (1, 1)] * 4)
+    assert data.masks is not None
+
+
+def test_details_are_the_patients_own(tmp_path: Path) -> None:
+    site = draw_hospital("cedar", patients=200, image_size=16, channels=1, seed=0)
+    by_patient = {patient: set() for patient in site.patients.tolist()}
+    for patient, details in zip(site.patients.tolist(), site.details, strict=True):
+        by_patient[patient].add(details)
+    assert all(len(told) == 1 for told in by_patient.values())
+    people = [told.pop() for told in by_patient.values()]
+    ages = [person.age for person in people]
+    assert min(ages) >= 20
+    assert max(ages) <= 90
+    assert np.mean(ages) == pytest.approx(55, abs=5)
+    assert 70 < sum(person.sex == "F" for person in people) < 130
+    assert {person.sex for person in people} == {"F", "M"}
+    assert {(person.modality, person.scanner) for person in people} == {("head CT", "cedar-scanner")}
+    (folder,) = make_phantom_sites(tmp_path, names=["cedar"], patients=8, image_size=16)
+    report = describe(folder)
+    assert report.modalities == {"head CT": report.images}
+    assert report.scanners == {"cedar-scanner": report.images}
+    assert sum(report.sexes.values()) == report.images
+    assert report.ages is not None
+
+
+@pytest.mark.parametrize(("name", "orientation"), [("maple", "free"), ("rowan", "free"), ("cedar", "fixed")])
+def test_only_what_lies_under_a_microscope_is_free_to_turn(tmp_path: Path, name: str, orientation: str) -> None:
+    (folder,) = make_phantom_sites(tmp_path, names=[name], patients=4, image_size=16)
+    assert load_site_config(folder).orientation == orientation
 
 
 def test_folders_say_what_they_are(tmp_path: Path) -> None:

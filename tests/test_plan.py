@@ -125,6 +125,48 @@ ONE_MISTAKE = [
     ("shots: [1, 5]", "compare: [fedag]", 31, "evaluation.compare.0.name is 'fedag': must be", "mean 'fedavg'?"),
     ("shots: [1, 5]", "compare: [fomaml, fedprox]", 31, "proximal is 0 and name is 'fedprox'", "above 0"),
     ("shots: [1, 5]", "compare: [{name: fedavg, lr: 1}]", 31, "unknown key 'evaluation.compare.0.lr'", "inner_lr"),
+    ("shots: [1, 5]", "compare: [protonet, protonet]", 31, "evaluation.compare names 'protonet' twice", "'label'"),
+    ("shots: [1, 5]", "compare: [{name: fedavg, label: A!}]", 31, "evaluation.compare.0.label is 'A!'", "lower-case"),
+    ("shots: [1, 5]", "compare: [{name: mapping, trainable: film}]", 31, "algorithm mapping with trainable 'film'", ""),
+    ("shots: [1, 5]", "compare: [{name: fedavg, label: meta}]", 31, "evaluation.compare labels an arm 'meta'", "label"),
+    ("shots: [1, 5]", "compare: [{name: maml, trainable: mapping}]", 31, "algorithm maml with trainable 'mapping'", ""),
+    ("shots: [1, 5]", "compare: [{name: maml, meta_lr: 0}]", 31, "evaluation.compare.0.meta_lr is 0: must be", ""),
+    ("shots: [1, 5]", "compare: [mrmtl]", 31, "proximal is 0 and name is 'mrmtl'", "above 0 for fedprox and mrmtl"),
+    ("shots: [1, 5]", "fuse: site", 31, "evaluation.fuse is 'site': must be 'image' or 'patient'", ""),
+    ("shots: [1, 5]", "subgroups: {Old: {min_age: 60}}", 31, "evaluation.subgroups.Old is 'Old': use lower", ""),
+    ("shots: [1, 5]", "subgroups: {old: {minage: 60}}", 31, "unknown key 'evaluation.subgroups.old.minage'", "min_age"),
+    ("shots: [1, 5]", "subgroups: {old: {min_age: 60, max_age: 50}}", 31, "min_age 60 is above max_age 50", "is both"),
+    ("name: reptile", "name: mapping", 19, "algorithm mapping with trainable 'film'", "set both, or neither"),
+    ("name: reptile", "name: reptile\n  episodes: 0", 20, "algorithm.episodes is 0: must be", ""),
+    ("name: reptile", "name: maml\n  meta_steps: 0", 20, "algorithm.meta_steps is 0: must be", ""),
+    (
+        "width: 16",
+        "width: 16\n  name: unet",
+        17,
+        "model.name is 'unet', but task.kind is 'classification'",
+        "conv4 or resnet",
+    ),
+    (
+        "width: 16",
+        "width: 16\n  name: autoencoder",
+        17,
+        "model.name is 'autoencoder', but task.kind",
+        "conv4 or resnet",
+    ),
+    ("kind: classification", "kind: segmentation", 15, "model.name is 'conv4', but task.kind is 'segm", "use unet"),
+    ("image_size: 32", "image_size: 32\n  modalities: [ct, '']", 5, "task.modalities.1 is ''", ""),
+    (
+        "patients: 40}",
+        "patients: 40, prevalence: [0.5, 0.4]}",
+        9,
+        "sites.alder.prevalence is [0.5, 0.4]: the shares",
+        "must sum to 1",
+    ),
+    ("patients: 40}", "patients: 40, prevalence: [0.5, 0.3, 0.2]}", 9, "3 shares for 2 labels", "normal, nodule"),
+    ("patients: 40}", "patients: 40, prevalence: [1.0, 0.0]}", 9, "sites.alder.prevalence.1 is 0.0: must be", ""),
+    ("patients: 40}", "patients: 40, where: {sex: f}}", 9, "sites.alder.where.sex is 'f': must be a list", ""),
+    ("rate: 0.5", "rate: 0.5\n  views: 17", 27, "sampling.views is 17: must be less than or equal to 16", ""),
+    ("  clip: 1.0", "  feature_clip: 0", 29, "privacy.feature_clip is 0: must be greater than 0", ""),
     ("shots: [1, 5]", "shots: []", 31, "evaluation.shots is []: list should have at least 1 item", ""),
     ("shots: [1, 5]", "shots: 5", 31, "evaluation.shots is 5: must be a list", ""),
 ]
@@ -151,6 +193,125 @@ def test_every_mistake_is_told_at_once_in_the_order_of_the_file(tmp_path: Path) 
     )
     lines = [problem.split(": ")[0] for problem in problems(tmp_path, text)]
     assert lines == [f"study.yaml:{n}" for n in (1, 4, 10, 13, 19, 23, 24, 28)]
+
+
+ANOMALY = (
+    ("kind: classification", "kind: anomaly"),
+    ("width: 16", "name: autoencoder\n  head: shared"),
+)
+SEVERAL_MISTAKES = [
+    (
+        "a shared head of an autoencoder draws images and has no number of labels",
+        ANOMALY,
+        [],
+    ),
+    (
+        "an autoencoder's last layer belongs to no site",
+        (("kind: classification", "kind: anomaly"), ("width: 16", "name: autoencoder")),
+        ["study.yaml:15: model.head is 'site', but an autoencoder's last layer draws the image"],
+    ),
+    (
+        "prototypes need classes",
+        (*ANOMALY, ("name: reptile", "name: protonet")),
+        ["study.yaml:20: protonet compares images with class means, but task.kind is 'anomaly' -- use another"],
+    ),
+    (
+        "in a comparison too",
+        (*ANOMALY, ("shots: [1, 5]", "compare: [fedavg, prototypes]")),
+        ["study.yaml:32: prototypes compares images with class means, but task.kind is 'anomaly'"],
+    ),
+    (
+        "a U-Net is not conditioned on modalities",
+        (
+            ("kind: classification", "kind: segmentation"),
+            ("image_size: 32", "modalities: [ct, mr]"),
+            ("width: 16", "name: unet"),
+        ),
+        ["study.yaml:4: task.modalities names 2, but a unet is not conditioned on them -- leave them out"],
+    ),
+    (
+        "each modality has an episode",
+        (("image_size: 32", "modalities: [ct, mr, us]"), ("inner_lr: 0.1", "episodes: 2")),
+        ["study.yaml:20: algorithm.episodes is 2, for 3 modalities -- give at least one episode for each"],
+    ),
+    (
+        "masks are not fused over images",
+        (
+            ("kind: classification", "kind: segmentation"),
+            ("width: 16", "name: unet"),
+            ("shots: [1, 5]", "fuse: patient"),
+        ),
+        ["study.yaml:31: evaluation.fuse is 'patient', but a mask belongs to its image -- use 'image'"],
+    ),
+    (
+        "only classes are weighed",
+        (("kind: classification", "kind: multilabel"), ("patients: 40}", "patients: 40, prevalence: [0.5, 0.5]}")),
+        ["study.yaml:9: task.kind is 'multilabel' -- leave it out: only classification weighs classes"],
+    ),
+    (
+        "a score must be released to be a weight",
+        (("  lr: 1\n", "  weights: score\n"), ("  clip: 1.0", "  monitor: false")),
+        ["study.yaml:22: outer.weights is 'score', but privacy.monitor is false: no score is released -- set"],
+    ),
+    (
+        "the mapping is trained by its own algorithm",
+        (("trainable: film", "trainable: mapping"), ("shots: [1, 5]", "compare: [{name: fedavg, trainable: film}]")),
+        ["study.yaml:19: algorithm reptile with trainable 'mapping' -- 'mapping' is both the algorithm and what it"],
+    ),
+    (
+        "nothing is asked, so nothing has to fit",
+        (
+            ("trainable: film", "trainable: mapping"),
+            ("name: reptile", "name: transfer"),
+            ("shots: [1, 5]", "compare: [local_only]"),
+        ),
+        [],
+    ),
+    (
+        "one finding is enough",
+        (("kind: classification", "kind: multilabel"), ("[normal, nodule]", "[nodule]")),
+        [],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"), [case[1:] for case in SEVERAL_MISTAKES], ids=[case[0] for case in SEVERAL_MISTAKES]
+)
+def test_what_does_not_fit_together_is_told_at_its_line(
+    tmp_path: Path, changes: tuple[tuple[str, str], ...], expected: list[str]
+) -> None:
+    text = changed(*changes)
+    if not expected:
+        load_plan(write(tmp_path, text))
+        return
+    found = problems(tmp_path, text)
+    assert len(found) == len(expected)
+    assert all(problem.startswith(start) for problem, start in zip(found, expected, strict=True)), found
+
+
+def test_a_score_can_be_a_weight_without_privacy_and_is_then_asked_for(tmp_path: Path) -> None:
+    text = section("privacy: none")
+    assert not load_plan(write(tmp_path, text)).monitored
+    assert load_plan(write(tmp_path, text.replace("  lr: 1\n", "  weights: score\n"))).monitored
+
+
+def test_a_comparison_takes_what_it_does_not_say_from_the_study(tmp_path: Path) -> None:
+    plan = load_plan(
+        write(
+            tmp_path,
+            changed(
+                ("inner_lr: 0.1", "inner_lr: 0.1\n  episodes: 5"),
+                ("shots: [1, 5]", "compare: [maml, {name: mrmtl, label: far, proximal: 0.5, inner_lr: 0.2}]"),
+            ),
+        )
+    )
+    maml, far = plan.evaluation.compare
+    assert (maml.arm, far.arm) == ("maml", "far")
+    assert maml.algorithm(plan.algorithm) == plan.algorithm.model_copy(update={"name": "maml"})
+    assert far.algorithm(plan.algorithm) == plan.algorithm.model_copy(
+        update={"name": "mrmtl", "proximal": 0.5, "inner_lr": 0.2}
+    )
 
 
 def section(text: str) -> str:
@@ -308,6 +469,12 @@ OTHERS: dict[str, list[Any]] = {  # valid values to try for the fields that are 
     "noise_multiplier": [2.0],
     "sample_rate": [0.25],
     "momentum": [0.5],
+    "modalities": [["ct"]],
+    "where": [{"sex": ["f"]}],
+    "alder.prevalence": [[0.5, 0.5]],
+    "prevalence": [],
+    "subgroups": [{"old": {"min_age": 60}}],
+    "fuse": ["patient"],
 }
 
 

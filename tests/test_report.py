@@ -15,23 +15,25 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from common.metrics import METRICS
-from common.plan import StudyPlan
+from common.algorithms import ALGORITHMS
+from common.metrics import lead_metric, metrics_of
+from common.plan import StudyPlan, TaskKind
 from common.trials import CEILING, Trial, interval
 from server.history import RoundRecord, SiteOutcome
+from server.plots import arm_styles
 from server.report import text_table, write_metrics, write_report
-from server.results import UNPROTECTED, CurvePoint, Example, Federation, StudyResults, headline, warnings
+from server.results import UNPROTECTED, CurvePoint, Example, Federation, Picture, StudyResults, headline, warnings
 from server.summary import Row, summarise
 
 EVIL = "<script>alert(1)</script>"
 LEVELS = {"random": 0.55, "fedavg": 0.65, "meta": 0.75}
 
 
-def trial(**fields: Any) -> Trial:
+def trial(*, task: TaskKind = "classification", **fields: Any) -> Trial:
     value = fields.pop("value", 0.5)
-    metrics = dict.fromkeys(METRICS, value) | fields.pop("metrics", {})
-    base = {"target": "willow", "kind": "held-out site", "ways": 2, "arm": "meta", "shots": 5, "split": 0, "draw": 0}
-    return Trial(**{**base, **fields}, metrics=metrics)
+    metrics = dict.fromkeys(metrics_of(task), value) | fields.pop("metrics", {})
+    base = {"target": "willow", "kind": "held-out site", "ways": 2, "chance": 0.5, "arm": "meta", "shots": 5}
+    return Trial(**{**base, "split": 0, "draw": 0, **fields}, metrics=metrics)
 
 
 def trials_of(target: str, *, levels: Mapping[str, float] = LEVELS, ceiling: float = 0.9, **fields: Any) -> list[Trial]:
@@ -50,6 +52,10 @@ def trials_of(target: str, *, levels: Mapping[str, float] = LEVELS, ceiling: flo
     return found
 
 
+def summary_of(trials: list[Trial]) -> list[Row]:
+    return summarise(trials, lead="balanced_accuracy")
+
+
 def row_of(rows: list[Row], **wanted: Any) -> Row:
     wanted = {"metric": "balanced_accuracy", "shots": 5, "arm": "meta", **wanted}
     (row,) = [r for r in rows if all(getattr(r, key) == value for key, value in wanted.items())]
@@ -57,7 +63,7 @@ def row_of(rows: list[Row], **wanted: Any) -> Row:
 
 
 def test_a_row_by_hand() -> None:
-    row = row_of(summarise(trials_of("willow")), target="willow")
+    row = row_of(summary_of(trials_of("willow")), target="willow")
     assert row.value == interval([0.74, 0.76])  # the splits' means
     assert row.trials == 4
     assert row.targets == 1
@@ -71,7 +77,7 @@ def test_a_row_by_hand() -> None:
 
 
 def test_no_arm_is_compared_with_itself() -> None:
-    rows = summarise(trials_of("willow"))
+    rows = summary_of(trials_of("willow"))
     assert row_of(rows, target="willow", arm="random").over_random is None
     assert row_of(rows, target="willow", arm="fedavg").over_averaging is None
     assert row_of(rows, target="willow", arm=CEILING, shots=0).over_random is None
@@ -79,7 +85,7 @@ def test_no_arm_is_compared_with_itself() -> None:
 
 def test_without_privacy_is_held_against_its_like() -> None:
     levels = {**LEVELS, "fedavg without privacy": 0.7, "meta without privacy": 0.85}
-    row = row_of(summarise(trials_of("willow", levels=levels)), target="willow", arm="meta without privacy")
+    row = row_of(summary_of(trials_of("willow", levels=levels)), target="willow", arm="meta without privacy")
     assert row.over_averaging is not None
     assert row.over_averaging.mean == pytest.approx(0.15)
     assert row.over_random is not None
@@ -88,22 +94,37 @@ def test_without_privacy_is_held_against_its_like() -> None:
 
 def test_the_mean_leaves_out_what_nobody_can_learn() -> None:
     flat = dict.fromkeys(LEVELS, 0.5)
-    rows = summarise(trials_of("willow") + trials_of("yew", levels=flat, ceiling=0.52))
+    rows = summary_of(trials_of("willow") + trials_of("yew", levels=flat, ceiling=0.52))
     assert not row_of(rows, target="yew").learnable  # .52 +- .13 holds 1/2
     mean = row_of(rows, target=None)
     assert mean.targets == 1
     assert mean.value.mean == pytest.approx(0.75)
 
 
-def test_chance_depends_on_the_number_of_classes() -> None:
-    rows = summarise(trials_of("willow", ceiling=0.5, ways=4))  # .5 +- .13 is far from 1/4
+def test_what_can_be_learned_is_held_against_its_own_chance() -> None:
+    trials = trials_of("willow", ceiling=0.5, chance=0.25) + trials_of("yew", ceiling=0.5, chance=0.4)
+    rows = summary_of(trials)  # .5 +- .13 is far from .25, and not from .4
     assert row_of(rows, target="willow").learnable
+    assert not row_of(rows, target="yew").learnable
+    assert row_of(rows, target="willow").chance == row_of(rows, target=None).chance == 0.25
+
+
+def test_the_lead_metric_alone_decides_what_can_be_learned() -> None:
+    ceiling = [trial(arm=CEILING, shots=0, split=split, value=0.5, metrics={"auroc": 0.9}) for split in (0, 1)]
+    assert not row_of(summary_of(ceiling), arm=CEILING, shots=0).learnable
+    (row,) = [r for r in summarise(ceiling, lead="auroc") if r.metric == "f1" and r.target]
+    assert row.learnable
+
+
+def test_the_mean_chance_is_over_the_targets_that_count() -> None:
+    rows = summary_of(trials_of("willow", chance=0.5) + trials_of("yew", chance=0.3))
+    assert row_of(rows, target=None).chance == pytest.approx(0.4)
 
 
 def test_the_mean_is_over_targets_of_one_kind() -> None:
     better = {arm: level + 0.1 for arm, level in LEVELS.items()}
     other = trials_of("oak", levels=dict.fromkeys(LEVELS, 0.6), kind="held-out patients")
-    rows = summarise(trials_of("willow") + trials_of("yew", levels=better) + other)
+    rows = summary_of(trials_of("willow") + trials_of("yew", levels=better) + other)
     mean = row_of(rows, target=None, kind="held-out site")
     assert mean.value.mean == pytest.approx(0.8)
     assert mean.targets == 2
@@ -113,12 +134,12 @@ def test_the_mean_is_over_targets_of_one_kind() -> None:
 
 def test_a_metric_that_no_query_pool_could_tell_is_nan() -> None:
     blind = [trial(split=split, metrics={"auroc": math.nan}) for split in (0, 1)]
-    row = row_of(summarise(blind), target="willow", metric="auroc")
+    row = row_of(summary_of(blind), target="willow", metric="auroc")
     assert math.isnan(row.value.mean)
     assert math.isnan(row.value.low)
 
 
-def plan_of(*, private: bool = True) -> StudyPlan:
+def plan_of(*, private: bool = True, **changes: Any) -> StudyPlan:
     return StudyPlan.model_validate(
         {
             "study": "test",
@@ -133,6 +154,7 @@ def plan_of(*, private: bool = True) -> StudyPlan:
             "quorum": 1,
             "privacy": {"epsilon": 3.0} if private else "none",
             "evaluation": {"shots": [5, 1], "splits": 2, "draws": 2},
+            **changes,
         }
     )
 
@@ -157,9 +179,7 @@ def results_of(*, private: bool = True, trials: list[Trial] | None = None, **fie
         "plan": plan_of(private=private),
         "trials": trials_of("willow") if trials is None else trials,
         "federations": [Federation(arm="meta", records=records(private=private))],
-        "curve": [
-            CurvePoint(arm="meta", target="willow", round=r, balanced_accuracy=0.6 + 0.05 * r, shots=5) for r in (0, 3)
-        ],
+        "curve": [CurvePoint(arm="meta", target="willow", round=r, value=0.6 + 0.05 * r, shots=5) for r in (0, 3)],
         "examples": [Example(site=EVIL, label=EVIL, image=np.zeros((16, 16, 3), dtype=np.uint8))],
         "versions": {"torch": EVIL},
         "seconds": {"evaluation": 75.0},
@@ -312,7 +332,7 @@ def test_the_page_says_what_it_must(tmp_path: Path) -> None:
         "model.name",
     ):
         assert expected in text, expected
-    for name, meaning in METRICS.values():
+    for name, meaning in metrics_of("classification").values():
         assert name in text
         assert meaning in text
     assert text.index("1 per class") < text.index("5 per class")  # whatever the plan's order
@@ -362,3 +382,151 @@ def test_the_terminal_table_fits_80_columns() -> None:
     assert "mean of 1, held-out site" in text
     assert re.search(r"meta \(reptile\) +│ 0\.75 ± 0\.13 +│ 0\.75 ± 0\.13", text)
     assert re.search(r"ceiling +│ 0\.90 ± 0\.13", text)
+
+
+def task_of(kind: TaskKind) -> dict[str, Any]:
+    """The sections of a plan of another kind of task."""
+    label_sets = {"two": ["background", "vessel"] if kind == "segmentation" else ["healthy", "ill"]}
+    network = {
+        "classification": {"name": "conv4"},
+        "multilabel": {"name": "conv4"},
+        "segmentation": {"name": "unet"},
+        "anomaly": {"name": "autoencoder", "head": "shared"},
+    }
+    return {"task": {"kind": kind, "image_size": 16, "label_sets": label_sets}, "model": network[kind]}
+
+
+SQUARE = np.zeros((16, 16), dtype=np.uint8)
+SQUARE[4:8, 4:8] = 1
+SHIFTED = np.roll(SQUARE, 2, axis=1)  # Dice with the other: 1/2
+
+
+def pictures_of(kind: TaskKind) -> list[Picture]:
+    image = np.full((16, 16), 90, dtype=np.uint8)
+    found = {"segmentation": SHIFTED, "anomaly": SHIFTED.astype(np.float32)}[kind]
+    base = {"target": "willow", "shots": 5, "image": image, "truth": SQUARE, "caption": EVIL}
+    answers: list[tuple[str, np.ndarray | None]] = [("random", None), ("meta", found)]
+    return [Picture(**base, arm=arm, found=answer) for arm, answer in answers]
+
+
+def results_of_kind(kind: TaskKind, **fields: Any) -> StudyResults:
+    trials = trials_of("willow", task=kind, chance=0.3)
+    return results_of(**{"trials": trials, "plan": plan_of(**task_of(kind)), **fields})
+
+
+SAYS: dict[TaskKind, tuple[str, str, str]] = {
+    "multilabel": ("With 5 labelled images per class", "reaches a balanced accuracy of 0.75", "5 per class"),
+    "segmentation": ("With 5 labelled images,", "reaches a Dice score of 0.75", "5 images"),
+    "anomaly": ("With 5 labelled healthy images,", "reaches an AUROC of 0.75", "5 healthy images"),
+}
+
+
+@pytest.mark.parametrize("kind", SAYS)
+def test_every_kind_of_task_is_spoken_of_in_its_own_words(tmp_path: Path, kind: TaskKind) -> None:
+    results = results_of_kind(kind)
+    shots, reached, column = SAYS[kind]
+    assert headline(results)[1].startswith(shots)
+    assert reached in headline(results)[1]
+    text = page_of(tmp_path, results)
+    page = Page(text)
+    assert page.open == []
+    assert f'<th scope="col">{column}</th>' in text
+    for title, meaning in metrics_of(kind).values():
+        assert title in text
+        assert meaning in text
+    if kind != "multilabel":
+        assert not re.search("balanced accuracy|per class", text, flags=re.I)
+    title = " ".join(str(text_table(results).title).split())
+    assert title.startswith(metrics_of(kind)[lead_metric(kind)][0])
+    write_metrics(tmp_path / "metrics.json", results)
+    document = json.loads((tmp_path / "metrics.json").read_text())
+    assert document["lead_metric"] == lead_metric(kind)
+    assert {row["metric"] for row in document["summary"]} == set(metrics_of(kind))
+
+
+def test_a_note_of_a_segmentation_counts_images() -> None:
+    noted = trials_of("willow", task="segmentation", note="odd")
+    found = warnings(results_of_kind("segmentation", trials=noted))
+    assert "willow, 1 image: odd (12 trials)" in found
+    assert "willow, 5 images: odd (12 trials)" in found
+
+
+def test_masks_are_shown_beside_what_was_found(tmp_path: Path) -> None:
+    example = Example(site="alder", label="vessel", image=np.zeros((16, 16), dtype=np.uint8), mask=SQUARE)
+    fields = {"pictures": pictures_of("segmentation"), "examples": [example]}
+    text = page_of(tmp_path, results_of_kind("segmentation", **fields))
+    page = Page(text)
+    assert (page.open, page.without_alt, page.tags.count("img")) == ([], 0, 3)  # nothing was found at random
+    for words in ("found and true", "found wrongly", "missed", "outlined by the hospital", "Dice 0.50"):
+        assert words in text, words
+    assert EVIL not in text
+    assert "metrics.json" in text
+    write_metrics(tmp_path / "metrics.json", results_of_kind("segmentation", **fields))  # without the images
+
+
+def test_heat_maps_are_shown_for_anomalies(tmp_path: Path) -> None:
+    text = page_of(tmp_path, results_of_kind("anomaly", pictures=pictures_of("anomaly")))
+    page = Page(text)
+    assert (page.open, page.without_alt, page.tags.count("img")) == ([], 0, 3)
+    assert "less it looks like the healthy images" in text
+    assert "Dice" not in text
+
+
+def test_the_same_image_is_shown_once_for_all_arms(tmp_path: Path) -> None:
+    found = [*pictures_of("segmentation"), *pictures_of("segmentation")]
+    other = Picture(**vars(found[1]) | {"image": np.zeros((16, 16), dtype=np.uint8)})
+    text = page_of(tmp_path, results_of_kind("segmentation", pictures=[*found, other]))
+    assert text.count('<div class="strip large">') == 2
+    assert text.count('alt="willow: the image, outlined by the hospital"') == 2
+
+
+COMPARED = [
+    {"name": "fedavg"},
+    {"name": "local_only"},
+    {"name": "transfer"},
+    {"name": "mrmtl", "proximal": 0.1},
+    {"name": "fedavg", "label": "weighting", "outer": {"weights": "score"}},
+    {"name": "protonet"},
+    {"name": "protonet", "label": "longer", "meta_steps": 9},
+    {"name": "reptile", "label": "scored", "outer": {"weights": "score"}},
+]
+
+
+def test_every_arm_has_a_title_of_its_own() -> None:
+    evaluation = {"shots": [1, 5], "compare": COMPARED}
+    results = results_of(plan=plan_of(evaluation=evaluation, algorithm={"name": "prototypes"}))
+    arms = ["meta", "random", "fedavg", "local_only", "transfer", "mrmtl", "weighting", "protonet", "longer", "scored"]
+    assert [results.title(arm) for arm in arms] == [
+        "Meta-initialization (Noisy prototypes)",
+        "Random initialization",
+        "Federated averaging",
+        "Warm start alone",
+        "Transfer: warm start, fine-tuned",
+        "MR-MTL",
+        "Model weighting",
+        "Prototypical networks",
+        "Prototypical networks (longer)",
+        "Reptile, weighted by score",
+    ]
+    assert results.title("weighting without privacy") == "Model weighting without privacy"
+
+
+@pytest.mark.parametrize("name", ["fedavg", "local_only", "transfer"])
+def test_a_study_of_a_baseline_is_not_called_meta(name: str) -> None:
+    title = results_of(plan=plan_of(algorithm={"name": name})).title("meta")
+    assert title.endswith(" (study)")
+    assert "Meta" not in title
+
+
+def test_twelve_arms_can_be_told_apart() -> None:
+    arms = [*(ALGORITHMS.keys() - {"fomaml"}), "meta", "random", "weighting"]
+    both = [*arms, *(f"{arm} without privacy" for arm in arms)]
+    styles = arm_styles(both)
+    assert len({tuple(sorted(style.items())) for style in styles.values()}) == len(both) == 30
+    assert len({(styles[arm]["color"], styles[arm]["marker"]) for arm in arms}) == 15
+    few = arm_styles(["meta", "random", "fedavg", "local_only", "a", "b", "c", "d"])
+    assert len({style["color"] for style in few.values()}) == 8, "a colour of its own while there is one"
+    assert arm_styles(reversed(both)) == styles
+    alone = arm_styles(["fedavg", "meta", "random", "local_only"])
+    assert alone == {arm: styles[arm] for arm in alone}, "these look the same in every study"
+    assert sum(style["color"] == styles["meta"]["color"] for style in styles.values()) == 2  # the study's own, twice

@@ -216,12 +216,12 @@ def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path: Path, plan: StudyPla
     assert len(load_site(folder, plan)) == 4
 
 
-def test_masks_must_fit_and_have_partners(tmp_path: Path, plan: StudyPlan) -> None:
+def test_masks_must_fit_their_images(tmp_path: Path, plan: StudyPlan) -> None:
     table = (
         "path,label,patient,mask\n"
         "a.png,lesion,p1,a_mask.png\n"
         "b.png,lesion,p2,wide.png\n"
-        "c.png,lesion,p3,\n"
+        "c.png,lesion,p3,\n"  # without a mask it can still be classified
         ",lesion,p4,d_mask.png\n"
         "d.png,lesion,p5,gone.png\n"
     )
@@ -229,7 +229,6 @@ def test_masks_must_fit_and_have_partners(tmp_path: Path, plan: StudyPlan) -> No
     Image.new("L", (20, 30)).save(folder / "wide.png")
     assert refused(folder, plan) == [
         "manifest.csv:3: the mask is 20x30 pixels, its image 20x20 -- give a mask of the image's own size",
-        "manifest.csv:4: other rows have a mask, this one has none -- give a black mask if nothing is to be marked",
         "manifest.csv:5: the cell 'path' is empty -- fill it in",
         "manifest.csv:6: mask: there is no such file -- mend it or leave the column out",
     ]
@@ -252,6 +251,12 @@ FOUR = np.zeros((4, 16, 16))
         ({"labels": np.array([0.0, 1, 1, 0])}, "data.npz: labels is float64 (4,); allowed: one whole number or text"),
         ({"labels": np.array([None, 1, 1, 0])}, "data.npz: holds pickled objects, which are never opened"),
         ({"labels": np.zeros((4, 2), dtype=int)}, "data.npz: labels is int64 (4, 2)"),
+        ({"age": np.zeros((4, 2))}, "data.npz: age is float64 (4, 2); allowed: one number or text a row"),
+        ({"sex": np.zeros(4)}, "data.npz: sex is float64 (4,); allowed: one whole number or text a row"),
+        ({"scanner": np.array(["x"])}, "data.npz: scanner has 1 rows, images has 4"),
+        ({"has_mask": np.ones(4, dtype=bool)}, "data.npz: has_mask is there, but masks is missing"),
+        ({"has_mask": np.ones(3, dtype=bool), "masks": FOUR.astype(bool)}, "data.npz: has_mask has 3 rows, images has"),
+        ({"has_mask": np.ones(4), "masks": FOUR.astype(bool)}, "data.npz: has_mask is float64 (4,); allowed: bool"),
         ({"patient_ids": None}, "data.npz: missing array: patient_ids"),
         ({"patient_ids": np.array(["p", "p", "q", ""])}, "data.npz row 3: the patient's id is empty"),
         ({"split": np.array(["train", "test", "test", "x"])}, "data.npz row 3: unknown split"),
@@ -313,6 +318,7 @@ def test_a_long_list_of_problems_is_cut(tmp_path: Path, plan: StudyPlan) -> None
         ("name: alder\nnpz: d.npz\nstate: /root\n" + BUDGET, "site.yaml:3: state is '/root': give a path inside"),
         ("name: alder\nnpz: d.npz\n", "site.yaml:1: 'budget' is missing -- add it"),
         ("name: alder\nnpz: d.npz\nbudget: {epsilon: 0, delta: 2}\n", "site.yaml:3: budget.epsilon is 0"),
+        ("name: alder\nnpz: d.npz\norientation: up\n" + BUDGET, "site.yaml:3: orientation is 'up'"),
         (
             "name: alder\nnpz: d.npz\ndevcie: cpu\n" + BUDGET,
             "site.yaml:3: unknown key 'devcie' -- did you mean 'device'?",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from client.data import site_folder
 from client.data.checks import describe
@@ -17,6 +18,7 @@ from client.data.cutting import make_sites
 from client.data.load import load_images
 from client.site import load_site_config
 from common.errors import DataError
+from server.cli import app
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "cxr_four_hospitals.npz"
 
@@ -156,6 +158,76 @@ def test_pngs_hold_the_same(tmp_path: Path) -> None:
     assert second.masks.equal(first.masks)
 
 
+DETAILS = {
+    "modality": np.full(120, "CT"),
+    "age": np.where(np.arange(120) % 3 == 0, np.nan, np.arange(120) / 2),
+    "sex": np.array(["F", "M", ""])[np.arange(120) % 3],
+    "scanner": np.full(120, ""),
+}
+
+
+@pytest.mark.parametrize("form", ["npz", "png"])
+def test_what_is_known_of_an_image_goes_with_it(tmp_path: Path, form: Any) -> None:
+    source = data_set(tmp_path / "set.npz", **DETAILS)
+    made = make_sites(
+        tmp_path / "out", [source], by="dirichlet", sites=2, public_fraction=0.2, limit_per_class=20, format=form
+    )
+    assert len(made) == 4
+    for folder in made:
+        data = load_images(folder, image_size=16, channels=1)
+        rows = data.images[:, 0, 0, 0].tolist()
+        assert [d.modality for d in data.details] == ["CT"] * len(rows)
+        assert [d.sex for d in data.details] == DETAILS["sex"][rows].tolist()
+        np.testing.assert_array_equal([d.age for d in data.details], DETAILS["age"][rows])
+        columns = np.load(folder / "data.npz").files if form == "npz" else (folder / "manifest.csv").read_text()
+        assert "age" in columns
+        assert "scanner" not in columns, "of which nothing is known"
+
+
+HAS_MASK = np.arange(120) % 4 > 0
+
+
+@pytest.mark.parametrize("form", ["npz", "png"])
+def test_a_row_without_a_mask_stays_without(tmp_path: Path, form: Any, make_plan: Callable[..., Any]) -> None:
+    source = data_set(tmp_path / "set.npz", has_mask=HAS_MASK)
+    (folder,) = make_sites(tmp_path / "out", [source], by="dataset", format=form)
+    assert describe(folder).masks == 90
+    assert load_images(folder, image_size=16, channels=1).masks is None
+
+
+@pytest.mark.parametrize("form", ["npz", "png"])
+def test_rows_without_a_mask_can_be_left_out(tmp_path: Path, form: Any) -> None:
+    source, said = data_set(tmp_path / "set.npz", has_mask=HAS_MASK), list[str]()
+    wish: dict[str, Any] = {"by": "site", "only": "south", "masked_only": True, "say": said.append}
+    (folder,) = make_sites(tmp_path / "out", [source], format=form, **wish)
+    assert said == [f"{source}: 15 of 60 images have no mask and are left out"]
+    data = load_images(folder, image_size=16, channels=1)
+    rows = data.images[:, 0, 0, 0].numpy()
+    assert len(rows) == 45
+    assert HAS_MASK[rows].all()
+    assert data.masks is not None
+    np.testing.assert_array_equal(data.masks[:, 0, 0], rows > 50)
+
+
+def test_no_mask_is_no_masked_site(tmp_path: Path) -> None:
+    for columns in ({"masks": None}, {"has_mask": np.zeros(120, dtype=bool)}):
+        with pytest.raises(DataError, match="no row has a mask -- give masks, or leave out --masked-only"):
+            make_sites(tmp_path / "out", [data_set(tmp_path / "set.npz", **columns)], by="dataset", masked_only=True)
+
+
+def test_the_command_passes_them_on(tmp_path: Path) -> None:
+    source = str(data_set(tmp_path / "set.npz", has_mask=HAS_MASK))
+    wish = ["sites", "make", source, "--by", "dataset", "--out", str(tmp_path / "out"), "--public-fraction", "0.2"]
+    done = CliRunner().invoke(app, [*wish, "--masked-only", "--orientation", "free"])
+    assert done.exit_code == 0, done.output
+    assert "30 of 120 images have no mask and are left out" in done.output
+    folders = [tmp_path / "out" / "set", tmp_path / "out" / "public" / "set"]
+    assert [load_site_config(folder).orientation for folder in folders] == ["free", "free"]
+    assert sum(describe(folder).images for folder in folders) == 90
+    assert CliRunner().invoke(app, [*wish[:-3], str(tmp_path / "other")]).exit_code == 0
+    assert load_site_config(tmp_path / "other" / "set").orientation == "fixed"
+
+
 def test_nothing_is_overwritten_and_nothing_else_is_written(tmp_path: Path) -> None:
     source, out = data_set(tmp_path / "set.npz"), tmp_path / "out"
     (out / "south").mkdir(parents=True)
@@ -214,6 +286,7 @@ def test_wishes_that_cannot_be_met(tmp_path: Path, wish: dict[str, Any], problem
         ({"site": None}, {"by": "site"}, "has no 'site' column -- cut by data set or by Dirichlet split"),
         ({"labels": np.full(120, 7)}, {"by": "dataset"}, "row 0: the label's number is not below 2"),
         ({"labels": np.full(120, "odd")}, {"by": "dataset"}, "row 0: the label is not in label_names"),
+        ({"age": np.full(120, "old")}, {"by": "dataset"}, "row 0: the age is no number of years from 0 to 130"),
         ({"images": np.full((120, 16, 16), np.inf)}, {"by": "dataset"}, "row 0: image: a pixel is NaN or infinite"),
     ],
 )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from common.plan import StudyPlan
 from server.history import RoundRecord, SiteOutcome
 from server.run_folder import final_parameters, locked, run_history, starting_parameters
 from server.simulation import drive
-from tests.fake_federation import FakeSites, Recorder, expected, fake_federation
+from tests.fake_federation import FakeSite, FakeSites, Recorder, expected, fake_federation
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("alder", "birch", "cedar")
@@ -90,11 +91,29 @@ def test_a_bad_reply_is_named_and_kept_out(make_plan, tmp_path, fault, status, c
     bad = outcome(run_history(tmp_path)[2], "cedar")
     assert (bad.status, bad.code) == (status, code)
     assert reason in bad.reason
-    assert "4711" not in (tmp_path / "history.jsonl").read_text()
+    assert "patient" not in (tmp_path / "history.jsonl").read_text()
     start, final = starting_parameters(tmp_path), final_parameters(tmp_path)
     name = next(name for name in start if not start[name].equal(final[name]))
     after_one = 2 + (start[name] - 2) / 2  # all three
     assert final[name].numpy() == pytest.approx((1.5 + (after_one - 1.5) / 2).numpy(), abs=1e-5)  # alder, birch
+
+
+def test_where_scores_are_weights_a_reply_without_one_is_kept_out(make_plan, tmp_path, monkeypatch):
+    """Sites pull to 1, 2 and 3; birch, without a score, is kept out, and cedar's score is half of alder's."""
+    scores, honest = {"alder": 1.0, "birch": math.nan, "cedar": 0.5}, FakeSite.train
+    monkeypatch.setattr(
+        FakeSite, "train", lambda self, instruction: replace(honest(self, instruction), accuracy=scores[self.name])
+    )
+    run(make_plan(rounds=1, outer={"weights": "score"}), tmp_path)
+    refused = outcome(run_history(tmp_path)[1], "birch")
+    assert (refused.status, refused.reason) == (
+        "rejected",
+        "the reply has no score between 0 and 1, which would be its weight",
+    )
+    start, final = starting_parameters(tmp_path), final_parameters(tmp_path)
+    name = next(name for name in start if not start[name].equal(final[name]))
+    mean = (1.0 * 1 + 0.5 * 3) / 1.5
+    assert final[name].numpy() == pytest.approx((mean + (start[name] - mean) / 2).numpy(), abs=1e-5)
 
 
 def test_a_ledger_that_lost_rows_is_noticed_across_a_resume(make_plan, tmp_path):

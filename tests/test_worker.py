@@ -18,18 +18,18 @@ from client import approval
 from client.app import build_client_app
 from client.ledger import FILE
 from client.worker import Worker
-from common.models import build_model, parameters, shared_names
-from common.params import Arrays, digest, select, to_arrays
+from common.algorithms import ALGORITHMS
+from common.params import Arrays, digest, to_arrays
 from common.plan import StudyPlan
 from common.records import PREPARE, TRAIN, PrepareInstruction, SiteReply, TrainInstruction, decode, encode
+from common.starting_point import network_of, starting, travelling
 from tests.conftest import PlanMaker, SiteMaker
 
 
 def start(plan: StudyPlan) -> tuple[Arrays, Arrays]:
-    """(the whole body, its shared part) as a lab would send them."""
-    network = build_model(plan.model, plan.task, ways=2, seed=plan.seed)
-    body = {n: v for n, v in parameters(network).items() if not n.startswith("head.")}
-    return to_arrays(body), to_arrays(select(body, shared_names(network, plan.model)))
+    """(what starts a run, what travels in each of its rounds) as a lab would send them."""
+    network = network_of(plan, "alder")
+    return to_arrays(starting(plan, network)), to_arrays(travelling(plan, network))
 
 
 def prepare(worker: Worker, plan: StudyPlan) -> SiteReply:
@@ -289,11 +289,11 @@ def test_a_baseline_keeps_its_head_at_the_site(make_site: SiteMaker, make_plan: 
     folder = make_site("alder")
     worker = ready(folder, plan)
     releases = worker._studies[plan.digest].releases
-    assert releases.head_before(1) is None
+    assert releases.kept_before(1) is None
     for round_ in (1, 2):
         reply = worker.train(instruct(plan, round=round_))
         assert not any(name.startswith("head.") for name in reply.update)
-    one, two = releases.head_before(2), releases.head_before(3)
+    one, two = releases.kept_before(2), releases.kept_before(3)
     assert one is not None
     assert two is not None
     assert float(one["head.weight"].abs().sum()) > 0
@@ -315,8 +315,79 @@ def test_the_second_round_starts_from_the_kept_head_or_from_a_fresh_one(
     monkeypatch.setitem(client.study.ALGORITHMS, name, dataclasses.replace(honest, local_update=watched))
     for round_ in (1, 2):
         assert worker.train(instruct(plan, round=round_)).code == "ok"
-    left = worker._studies[plan.digest].releases.head_before(2)
+    left = worker._studies[plan.digest].releases.kept_before(2)
     assert left is not None
     assert not given[0].any()
     assert left["head.weight"].any()
     assert torch.equal(given[1], left["head.weight"] if kept else given[0])
+
+
+# ---- every algorithm -----------------------------------------------------------------------------------------------
+
+
+def of_algorithm(name: str, make_plan: PlanMaker, **changes: object) -> StudyPlan:
+    proximal = {"proximal": 0.1} if name in ("fedprox", "mrmtl") else {}
+    return make_plan(
+        algorithm={"name": name, "inner_steps": 2, "inner_lr": 0.1, "episodes": 2, **proximal},
+        model={"name": "conv4", "width": 8, "trainable": "mapping" if name == "mapping" else "film"},
+        evaluation={"compare": []},
+        **{"privacy": {"epsilon": 100.0, "delta": 0.01, "noise_multiplier": 4.0}, **changes},
+    )
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_two_private_rounds_of_every_algorithm(make_site: SiteMaker, make_plan: PlanMaker, name: str) -> None:
+    """Charged for as much as it asks, answered with the names that travel, and what is kept survives a restart."""
+    plan, folder = of_algorithm(name, make_plan), make_site("alder", patients=10, images=2, epsilon=200.0)
+    shared, kept = start(plan)[1], []
+    for round_ in (1, 2):
+        worker = ready(folder, plan)  # a new process in each round
+        reply = worker.train(instruct(plan, round=round_, shared=shared))
+        assert (reply.code, reply.reason) == ("ok", "")
+        assert reply.update.keys() == shared.keys()
+        assert all(np.isfinite(value).all() for value in reply.update.values())
+        asked = ALGORITHMS[name].queries_per_round(plan.algorithm)
+        assert reply.queries == (asked + 1 if asked else 0)
+        assert math.isnan(reply.accuracy) if not asked else 0 <= reply.accuracy <= 1
+        assert charges(worker, plan) == (round_ if asked else 0)
+        shared = {key: value + reply.update[key] for key, value in shared.items()}
+        kept.append(worker._studies[plan.digest].releases.kept_before(round_ + 1))
+    one, two = kept
+    assert one is not None
+    assert two is not None
+    assert one.keys() == two.keys()
+    assert {"head.weight", "head.bias"} <= one.keys()
+    wanted = {"mrmtl": "personal.body.2.weight", "prototypes": "sums.features", "mapping": "sums.features"}
+    if name in wanted:
+        assert not torch.equal(one[wanted[name]], two[wanted[name]])
+    if name in ("prototypes", "mapping"):
+        assert float(two["sums.std"]) == pytest.approx(2**0.5 * float(one["sums.std"]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "personal"), [("mapping", "body.2.weight"), ("mrmtl", "head.weight"), ("prototypes", "head.weight")]
+)
+def test_the_monitor_scores_what_the_site_itself_would_use(
+    make_site: SiteMaker, make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch, name: str, personal: str
+) -> None:
+    scored: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(client.study.PrivateDataset, "score", lambda self, params: scored.append(params) or 0.5)
+    plan = of_algorithm(name, make_plan, privacy=None, outer={"weights": "score"})
+    worker = ready(make_site("alder"), plan)
+    shared = start(plan)[1]
+    if name == "mapping":
+        rng = np.random.default_rng(0)
+        shared = {key: value + rng.normal(size=value.shape).astype(np.float32) for key, value in shared.items()}
+    assert worker.train(instruct(plan, shared=shared)).accuracy == 0.5
+    kept = worker._studies[plan.digest].releases.kept_before(2)
+    assert kept is not None
+    (params,) = scored
+    assert torch.equal(params[personal], kept[personal])
+    assert not torch.equal(params[personal], worker._studies[plan.digest].patients.public[personal])
+
+
+def test_a_score_that_weighs_is_released_without_privacy_too(make_site: SiteMaker, make_plan: PlanMaker) -> None:
+    plan = make_plan(privacy=None, outer={"weights": "score"})
+    assert 0 <= ready(make_site("alder"), plan).train(instruct(plan)).accuracy <= 1
+    plan = make_plan(privacy=None)
+    assert math.isnan(ready(make_site("birch"), plan).train(instruct(plan)).accuracy)

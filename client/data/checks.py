@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from client.data.intake import Target, count_problems, fit_rows, plan_target, read_rows
-from client.data.rows import Row, refuse
+from client.data.rows import NO_FINDING, Details, Row, findings_in, refuse
 from client.site import SiteConfig, load_site_config
 from common.errors import Problem, UsageError
-from common.plan import StudyPlan
+from common.plan import StudyPlan, TaskKind
 
 
 @dataclass(frozen=True)
 class Count:
-    """How much of one label is in one split."""
+    """How much of one label is in one split; an image that shows several counts for each."""
 
-    label: str
+    label: str  # of a mask: what is marked, or the background where nothing is
     split: str
     images: int
     patients: int
@@ -31,12 +34,17 @@ class SiteReport:
 
     folder: Path
     site: str
+    kind: TaskKind = "classification"  # of the plan's task
     counts: tuple[Count, ...] = ()
     images: int = 0
     patients: int = 0
     training_patients: int = 0
     images_per_patient: tuple[int, float, int] = (0, 0.0, 0)  # fewest, mean, most
-    masks: int = 0
+    masks: int = 0  # images that have one, be it black
+    modalities: dict[str, int] = field(default_factory=dict)  # images of each, "" where it is not known
+    sexes: dict[str, int] = field(default_factory=dict)
+    scanners: dict[str, int] = field(default_factory=dict)
+    ages: tuple[float, float] | None = None  # years: youngest, oldest; None if none is known
     notes: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
 
@@ -75,42 +83,71 @@ def describe(folder: Path) -> SiteReport:
 
 def _report(folder: Path, config: SiteConfig, name: str, target: Target | None) -> SiteReport:
     problems: list[Problem] = []
-    rows = read_rows(folder, config, problems)
-    seen = [_without_pixels(row) for row in (fit_rows(rows, target, problems) if target else rows)]
+    rows = read_rows(folder, config, problems, target)
+    seen = [_without_pixels(row, target) for row in (fit_rows(rows, target, problems) if target else rows)]
     per_patient = Counter(row.patient for row in seen)
     training = len({row.patient for row in seen if row.split == "train"})
     spread = per_patient.values()
+    details = [row.details for row in seen]
     return SiteReport(
         folder,
         name,
-        _counts(seen),
-        len(seen),
-        len(per_patient),
-        training,
-        (min(spread), round(len(seen) / len(spread), 2), max(spread)) if seen else (0, 0.0, 0),
-        sum(row.masked for row in seen),
-        _notes(config, per_patient),
-        tuple(problems or count_problems(folder, len(seen), training, target)),
+        kind=target.kind if target else "classification",
+        counts=_counts(seen),
+        images=len(seen),
+        patients=len(per_patient),
+        training_patients=training,
+        images_per_patient=(min(spread), round(len(seen) / len(spread), 2), max(spread)) if seen else (0, 0.0, 0),
+        masks=sum(row.masked for row in seen),
+        modalities=_tally(known.modality for known in details),
+        sexes=_tally(known.sex for known in details),
+        scanners=_tally(known.scanner for known in details),
+        ages=_age_range(details),
+        notes=_notes(config, per_patient),
+        problems=tuple(problems or count_problems(folder, len(seen), training, target)),
     )
 
 
 @dataclass(frozen=True)
 class _Seen:
-    label: str
+    labels: tuple[str, ...]
     patient: str
     split: str
     masked: bool
+    details: Details
 
 
-def _without_pixels(row: Row) -> _Seen:
-    return _Seen(row.label, row.patient, row.split, row.mask is not None and bool(row.mask.any()))
+def _without_pixels(row: Row, target: Target | None) -> _Seen:
+    return _Seen(_shown(row, target), row.patient, row.split, row.mask is not None, row.details)
+
+
+def _shown(row: Row, target: Target | None) -> tuple[str, ...]:
+    """What an image counts for."""
+    if target is None or target.labels is None or target.kind in ("classification", "anomaly"):
+        return (row.label,)
+    if target.kind == "multilabel":
+        return tuple(dict.fromkeys(findings_in(row.label))) or (NO_FINDING,)
+    marked = np.unique(row.mask[row.mask > 0]) if row.mask is not None else ()
+    return tuple(target.labels[value] for value in marked) or target.labels[:1]
 
 
 def _counts(seen: Iterable[_Seen]) -> tuple[Count, ...]:
     groups: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for row in seen:
-        groups[row.label, row.split].append(row.patient)
+        for label in row.labels:
+            groups[label, row.split].append(row.patient)
     return tuple(Count(*key, len(patients), len(set(patients))) for key, patients in sorted(groups.items()))
+
+
+def _tally(values: Iterable[str]) -> dict[str, int]:
+    """How often each occurs; empty if nothing is known."""
+    tally = dict(sorted(Counter(values).items()))
+    return tally if any(tally) else {}
+
+
+def _age_range(details: Sequence[Details]) -> tuple[float, float] | None:
+    ages = [known.age for known in details if not math.isnan(known.age)]
+    return (min(ages), max(ages)) if ages else None
 
 
 def _notes(config: SiteConfig, per_patient: Counter[str]) -> tuple[str, ...]:

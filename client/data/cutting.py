@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from client.data.npz import NpzTable, read_npz
 from client.data.readers import UnreadableImageError, to_uint8
 from client.data.rows import refuse
 from client.data.site_folder import Format, SiteImages, write_sites
+from client.site import Orientation
 from common.errors import DataError, Problem
 
 By = Literal["site", "dataset", "dirichlet"]
@@ -37,6 +38,9 @@ def make_sites(
     limit_per_class: int | None = None,
     seed: int = 0,
     format: Format = "npz",
+    masked_only: bool = False,
+    orientation: Orientation = "fixed",
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
     """Cut `sources` into site folders below `out`; returns the folders.
 
@@ -45,10 +49,13 @@ def make_sites(
     `names`: the hospitals' names in the order in which they would be made. `only`: the one value of the site column to
     keep. `test_fraction` of each hospital's patients get split 'test'; `public_fraction` go to `out`/public/<name>;
     both are drawn within each label. `limit_per_class`: at most so many images of a label in each hospital.
+    `masked_only`: leave out rows without a mask; `say` hears how many. `orientation`: for site.yaml.
     Raises DataError with every problem; then nothing is written.
     """
     _check_numbers(sites=sites, alpha=alpha, test=test_fraction, public=public_fraction, limit=limit_per_class)
-    hospitals = [piece for source in sources for piece in _pieces(source, by, only, sites, alpha, seed)]
+    kept = [_kept(source, by, only, say, masked_only=masked_only) for source in sources]
+    hospitals = [piece for whole, values in kept for piece in _pieces(whole, values, by, sites, alpha, seed)]
+    hospitals = [dataclasses.replace(hospital, orientation=orientation) for hospital in hospitals]
     _no_patient_twice(hospitals)
     hospitals = _named(hospitals, names)
     folders: list[tuple[str, SiteImages]] = []
@@ -84,19 +91,33 @@ def _check_numbers(*, sites: int, alpha: float, test: float, public: float, limi
     refuse([Problem("", text) for text in wrong])
 
 
-def _pieces(source: Path, by: By, only: str | None, sites: int, alpha: float, seed: int) -> list[SiteImages]:
-    """The hospitals of one file, with the names that it suggests; split is 'train' everywhere."""
+def _kept(
+    source: Path, by: By, only: str | None, say: Callable[[str], None], *, masked_only: bool
+) -> tuple[SiteImages, np.ndarray | None]:
+    """The rows of one file that are asked for, split 'train' everywhere, and the site column where there is one."""
     table = _table(source)
     values = np.array(table.sites) if table.sites is not None else None
     if values is None and (by == "site" or only is not None):
         raise DataError(Problem(str(source), "has no 'site' column", "cut by data set or by Dirichlet split"))
-    whole = _site_images(table)
+    keep = np.ones(len(table), dtype=bool)
     if only is not None and values is not None:
         if only not in values:
             raise DataError(
                 Problem(str(source), f"no row has site {only!r}", f"it has: {', '.join(np.unique(values))}")
             )
-        whole, values = whole.rows(values == only), values[values == only]
+        keep = values == only
+    if masked_only:
+        if not (keep & table.has_mask).any():
+            raise DataError(Problem(str(source), "no row has a mask", "give masks, or leave out --masked-only"))
+        say(f"{source}: {(keep & ~table.has_mask).sum()} of {keep.sum()} images have no mask and are left out")
+        keep &= table.has_mask
+    return _site_images(table).rows(keep), None if values is None else values[keep]
+
+
+def _pieces(
+    whole: SiteImages, values: np.ndarray | None, by: By, sites: int, alpha: float, seed: int
+) -> list[SiteImages]:
+    """The hospitals of one file, with the names that it suggests."""
     if by == "site" and values is not None:
         return [dataclasses.replace(whole.rows(values == v), name=_slug(v)) for v in np.unique(values)]
     if by == "dirichlet":
@@ -128,9 +149,17 @@ def _site_images(table: NpzTable) -> SiteImages:
     refuse(problems)
     number = {label: index for index, label in enumerate(table.label_names)}
     labels = np.array([number[label] for label in table.labels], dtype=np.int64)
-    split = np.full(len(table), "train")
-    patients = np.array(table.patients)
-    return SiteImages(_slug(table.path.stem), np.stack(images), labels, patients, split, table.label_names, table.masks)
+    return SiteImages(
+        _slug(table.path.stem),
+        np.stack(images),
+        labels,
+        np.array(table.patients),
+        np.full(len(table), "train"),
+        table.label_names,
+        table.details,
+        table.masks,
+        table.has_mask,
+    )
 
 
 def _majority(site: SiteImages) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

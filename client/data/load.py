@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from client.data.dataset import SiteData
 from client.data.intake import Target, count_problems, fit_rows, plan_target, read_rows
-from client.data.rows import Row, refuse
+from client.data.rows import Row, findings_in, refuse
 from client.site import SiteConfig, load_site_config
 from common.errors import Problem
-from common.plan import StudyPlan
+from common.plan import StudyPlan, TaskKind
 
 
 def load_site(folder: Path, plan: StudyPlan, *, site: str | None = None) -> SiteData:
@@ -38,23 +39,40 @@ def load_images(
 
 def _load(folder: Path, config: SiteConfig, name: str, target: Target) -> SiteData:
     problems: list[Problem] = []
-    rows = list(fit_rows(read_rows(folder, config, problems), target, problems))
+    rows = list(fit_rows(read_rows(folder, config, problems, target), target, problems))
     training = {row.patient for row in rows if row.split == "train"}
     refuse(problems or count_problems(folder, len(rows), len(training), target))
-    return _stack(name, rows, target.labels or tuple(sorted({row.label for row in rows})))
+    return _stack(name, rows, target)
 
 
-def _stack(name: str, rows: list[Row], labels: tuple[str, ...]) -> SiteData:
+def _stack(name: str, rows: list[Row], target: Target) -> SiteData:
+    label_names = target.labels or tuple(sorted({row.label for row in rows}))
     patient_ids = tuple(sorted({row.patient for row in rows}))
     number = {patient: index for index, patient in enumerate(patient_ids)}
     masks = [row.mask for row in rows if row.mask is not None]
     return SiteData(
         site=name,
         images=torch.from_numpy(np.stack([row.pixels for row in rows])),
-        labels=torch.tensor([labels.index(row.label) for row in rows]),
+        labels=_labels(rows, label_names, target.kind),
         patients=torch.tensor([number[row.patient] for row in rows]),
-        label_names=labels,
+        label_names=label_names,
         patient_ids=patient_ids,
         split=tuple(row.split for row in rows),
-        masks=torch.from_numpy(np.stack(masks)) if masks else None,
+        masks=torch.from_numpy(np.stack(masks)) if len(masks) == len(rows) else None,
+        kind=target.kind,
+        details=tuple(row.details for row in rows),
+        modalities=_modalities(rows, target.modalities),
     )
+
+
+def _labels(rows: list[Row], names: tuple[str, ...], kind: TaskKind) -> Tensor:
+    """As SiteData has them."""
+    if kind == "segmentation":
+        return torch.zeros(len(rows), dtype=torch.int64)
+    if kind == "multilabel":
+        return torch.tensor([[float(name in findings_in(row.label)) for name in names] for row in rows])
+    return torch.tensor([names.index(row.label) for row in rows])
+
+
+def _modalities(rows: list[Row], names: tuple[str, ...]) -> Tensor | None:
+    return torch.tensor([names.index(row.details.modality) for row in rows]) if names else None

@@ -1,7 +1,7 @@
 """Rows of a `manifest.csv`.
 
-Columns path, label, patient; optional mask, modality, split, age, sex, scanner; others are ignored. Paths are
-relative to the site's folder. UTF-8, separated by commas.
+Columns path, label, patient; optional mask, modality, split, age (years), sex, scanner; others are ignored. A site
+that only segments needs no labels. Paths are relative to the site's folder. UTF-8, separated by commas.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from client.data.readers import UnreadableImageError, read_image, read_mask
-from client.data.rows import SPLIT_WORDS, SPLITS, Row
+from client.data.rows import DETAILS, SPLIT_WORDS, SPLITS, Row, read_details
 from common.errors import Problem
 
 REQUIRED = ("path", "label", "patient")
@@ -21,27 +21,26 @@ REQUIRED = ("path", "label", "patient")
 Cells = dict[str, str]
 
 
-def manifest_rows(folder: Path, manifest: Path, problems: list[Problem]) -> Iterator[Row]:
-    """Each row whose image can be read; every other row adds to `problems`."""
-    lines = _lines(manifest, problems)
-    masked = any(cells.get("mask") for _, cells in lines)
+def manifest_rows(folder: Path, manifest: Path, problems: list[Problem], *, labelled: bool = True) -> Iterator[Row]:
+    """Each row whose image can be read; every other row adds to `problems`. `labelled`: each must have a label."""
+    required = tuple(name for name in REQUIRED if labelled or name != "label")
     listed: dict[Path, str] = {}
-    for where, cells in lines:
-        row = _row(folder, where, cells, listed, problems, masked=masked)
+    for where, cells in _lines(manifest, required, problems):
+        row = _row(folder, where, cells, required, listed, problems)
         if row is not None:
             yield row
 
 
-def _lines(manifest: Path, problems: list[Problem]) -> list[tuple[str, Cells]]:
+def _lines(manifest: Path, required: tuple[str, ...], problems: list[Problem]) -> list[tuple[str, Cells]]:
     """(file:line, cells by column) of every line that is not blank."""
     try:
         with manifest.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = [name.strip().lower() for name in next(reader, [])]
-            missing = [name for name in REQUIRED if name not in header]
+            missing = [name for name in required if name not in header]
             if missing:
                 what = f"missing column: {', '.join(missing)}" if header else "the manifest is empty"
-                remedy = "the first line names the columns, separated by commas: path,label,patient"
+                remedy = f"the first line names the columns, separated by commas: {','.join(required)}"
                 problems.append(Problem(f"{manifest}:1", what, remedy))
                 return []
             return list(_cells(reader, header, manifest, problems))
@@ -67,25 +66,28 @@ def _cells(
 
 
 def _row(
-    folder: Path, where: str, cells: Cells, listed: dict[Path, str], problems: list[Problem], *, masked: bool
+    folder: Path,
+    where: str,
+    cells: Cells,
+    required: tuple[str, ...],
+    listed: dict[Path, str],
+    problems: list[Problem],
 ) -> Row | None:
     found: list[Problem] = []
-    for name in REQUIRED:
+    for name in required:
         if not cells.get(name):
             found.append(Problem(where, f"the cell '{name}' is empty", "fill it in"))
     split = SPLITS.get(cells.get("split", "").lower())
     if split is None:
         found.append(Problem(where, "unknown split", f"write {SPLIT_WORDS}"))
-    if masked and not cells.get("mask"):
-        found.append(
-            Problem(where, "other rows have a mask, this one has none", "give a black mask if nothing is to be marked")
-        )
+    told = {name: cells.get(name, "") for name in DETAILS}
+    details = read_details(where, **told, problems=found)
     pixels = _image(folder, where, cells.get("path", ""), listed, found)
     mask = _mask(folder, where, cells.get("mask", ""), pixels, found)
     problems += found
     if found or pixels is None or split is None:
         return None
-    return Row(where, pixels, cells["label"], cells["patient"], split, mask)
+    return Row(where, pixels, cells.get("label", ""), cells["patient"], split, mask, details)
 
 
 def _image(folder: Path, where: str, name: str, listed: dict[Path, str], problems: list[Problem]) -> np.ndarray | None:

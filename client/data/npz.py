@@ -1,10 +1,11 @@
 """A site's or a data set's images in one `.npz`, never unpickled.
 
 Two forms:
-    images, labels, patient_ids  [label_names, split, masks, site]
+    images, labels, patient_ids  [label_names, split, masks, has_mask, site, modality, age, sex, scanner]
     train_images, train_labels   [val_..., test_...]                 MedMNIST; it names no patients, so there each
                                                                      image counts as a patient of its own
 Images (n, H, W), (n, H, W, 1) or (n, H, W, 3); labels text, or whole numbers that index label_names where given.
+Rows whose has_mask is False have no mask, whatever masks holds there. Age in years, nan or empty where unknown.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from client.data.readers import UnreadableImageError, to_uint8
-from client.data.rows import SPLIT_WORDS, SPLITS, Row
+from client.data.rows import DETAILS, SPLIT_WORDS, SPLITS, Details, Row, read_details
 from common.errors import Problem
 
 _PARTS = ("train", "val", "test")
+_PER_ROW = ("labels", "patient_ids", "split", "site", *DETAILS)
 
 Arrays = dict[str, np.ndarray]
 
@@ -36,6 +38,8 @@ class NpzTable:
     patients: tuple[str, ...]
     splits: tuple[str, ...]  # as written; "" where the file has none
     masks: np.ndarray | None  # uint8 (n, H, W)
+    has_mask: np.ndarray  # bool (n,)
+    details: tuple[Details, ...]
     sites: tuple[str, ...] | None  # the hospital of each row, in a file that pools several
     has_patients: bool  # False: each image counts as its own patient
 
@@ -47,14 +51,16 @@ class NpzTable:
         return f"{self.path} row {row}"
 
 
-def read_npz(path: Path, problems: list[Problem]) -> NpzTable | None:
-    """The file's columns, or None with the reasons added to `problems`."""
+def read_npz(path: Path, problems: list[Problem], *, labelled: bool = True) -> NpzTable | None:
+    """The file's columns, or None with the reasons added to `problems`. Unless `labelled`, every label is empty."""
     arrays = _load(path, problems)
     if arrays is None:
         return None
     medmnist = "train_images" in arrays
     if medmnist:
         arrays = _pool_parts(path, arrays, problems)
+    if not labelled and "images" in arrays:
+        arrays |= {"labels": np.full(len(np.atleast_1d(arrays["images"])), ""), "label_names": np.array([""])}
     if not _is_whole(path, arrays, problems):
         return None
     images = arrays["images"]
@@ -70,14 +76,16 @@ def read_npz(path: Path, problems: list[Problem]) -> NpzTable | None:
         _text(arrays["patient_ids"]),
         _text(arrays["split"]) if "split" in arrays else ("",) * count,
         arrays.get("masks"),
+        arrays.get("has_mask", np.full(count, "masks" in arrays)),
+        _details(path, arrays, problems),
         _text(arrays["site"]) if "site" in arrays else None,
         not medmnist,
     )
 
 
-def npz_rows(path: Path, problems: list[Problem]) -> Iterator[Row]:
-    """Each row that can be used; every other row adds to `problems`."""
-    table = read_npz(path, problems)
+def npz_rows(path: Path, problems: list[Problem], *, labelled: bool = True) -> Iterator[Row]:
+    """Each row that can be used; every other row adds to `problems`. `labelled`: each must have a label."""
+    table = read_npz(path, problems, labelled=labelled)
     if table is None:
         return
     for index in range(len(table)):
@@ -93,8 +101,9 @@ def npz_rows(path: Path, problems: list[Problem]) -> Iterator[Row]:
         except UnreadableImageError as error:
             problems.append(Problem(table.where(index), f"image: {error}", "mend or leave out the row"))
             continue
-        mask = None if table.masks is None else table.masks[index]
-        yield Row(table.where(index), pixels, table.labels[index], table.patients[index], split, mask)
+        mask = table.masks[index] if table.masks is not None and table.has_mask[index] else None
+        label, patient, details = table.labels[index], table.patients[index], table.details[index]
+        yield Row(table.where(index), pixels, label, patient, split, mask, details)
 
 
 def _load(path: Path, problems: list[Problem]) -> Arrays | None:
@@ -153,16 +162,19 @@ def _is_whole(path: Path, arrays: Arrays, problems: list[Problem]) -> bool:
         found.append(f"masks is {masks.dtype} {masks.shape}; allowed: uint8 or bool, the images' (n, H, W)")
     elif masks is not None:
         arrays["masks"] = masks.astype(np.uint8)
-    for name in ("labels", "patient_ids", "label_names", "split", "site"):
+    if "has_mask" in arrays and (arrays["has_mask"].dtype != np.bool_ or arrays["has_mask"].ndim != 1):
+        found.append(f"has_mask is {arrays['has_mask'].dtype} {arrays['has_mask'].shape}; allowed: bool, one a row")
+    if "has_mask" in arrays and masks is None:
+        found.append("has_mask is there, but masks is missing")
+    for name in (*_PER_ROW, "label_names"):
         if name not in arrays:
             continue
         if arrays[name].ndim == 2 and arrays[name].shape[1] == 1:
             arrays[name] = arrays[name][:, 0]
-        if arrays[name].ndim != 1 or arrays[name].dtype.kind not in "uiU":
-            found.append(
-                f"{name} is {arrays[name].dtype} {arrays[name].shape}; allowed: one whole number or text a row"
-            )
-    for name in ("labels", "patient_ids", "split", "site", "masks"):
+        kinds, allowed = ("uifU", "number") if name == "age" else ("uiU", "whole number")
+        if arrays[name].ndim != 1 or arrays[name].dtype.kind not in kinds:
+            found.append(f"{name} is {arrays[name].dtype} {arrays[name].shape}; allowed: one {allowed} or text a row")
+    for name in (*_PER_ROW, "masks", "has_mask"):
         if name in arrays and arrays[name].shape[:1] != images.shape[:1]:
             found.append(f"{name} has {len(np.atleast_1d(arrays[name]))} rows, images has {len(np.atleast_1d(images))}")
     problems += [Problem(str(path), what) for what in found]
@@ -182,6 +194,18 @@ def _labels(path: Path, arrays: Arrays, problems: list[Problem]) -> tuple[tuple[
         for row in outside
     ]
     return names, tuple(names[i] if 0 <= i < len(names) else "" for i in labels) if not len(outside) else ()
+
+
+def _details(path: Path, arrays: Arrays, problems: list[Problem]) -> tuple[Details, ...]:
+    """What is known of each row; an age that is none becomes a problem."""
+    count = len(arrays["images"])
+    columns = {name: _text(arrays[name]) if name in arrays else ("",) * count for name in DETAILS}
+    if "age" in arrays and arrays["age"].dtype.kind == "f":
+        columns["age"] = tuple("" if np.isnan(age) else str(age) for age in arrays["age"].tolist())
+    return tuple(
+        read_details(f"{path} row {row}", **{name: columns[name][row] for name in DETAILS}, problems=problems)
+        for row in range(count)
+    )
 
 
 def _text(values: np.ndarray) -> tuple[str, ...]:

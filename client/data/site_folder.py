@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from client.site import SITE_FILE
+from client.data.rows import DETAILS, Details
+from client.site import SITE_FILE, Orientation
 from common.errors import DataError, Problem
 from common.files import sync_folder, write_through
 
@@ -40,22 +42,29 @@ class SiteImages:
     patients: np.ndarray  # '<U' (n,)
     split: np.ndarray  # '<U' (n,): "train" or "test"
     label_names: tuple[str, ...]
+    details: tuple[Details, ...]
     masks: np.ndarray | None = None  # uint8 (n, H, W)
+    has_mask: np.ndarray | None = None  # bool (n,): which rows of `masks` are masks; None: every one
+    orientation: Orientation = "fixed"
     phantom: bool = False
 
     def rows(self, keep: np.ndarray) -> SiteImages:
         """The rows that `keep` selects (a boolean mask, or indices)."""
-        masks = None if self.masks is None else self.masks[keep]
-        return SiteImages(
-            self.name,
-            self.images[keep],
-            self.labels[keep],
-            self.patients[keep],
-            self.split[keep],
-            self.label_names,
-            masks,
-            self.phantom,
+        return replace(
+            self,
+            images=self.images[keep],
+            labels=self.labels[keep],
+            patients=self.patients[keep],
+            split=self.split[keep],
+            details=tuple(self.details[row] for row in np.arange(len(self.labels))[keep]),
+            masks=None if self.masks is None else self.masks[keep],
+            has_mask=None if self.has_mask is None else self.has_mask[keep],
         )
+
+    def details_by_column(self) -> dict[str, np.ndarray]:
+        """The columns of `details` of which something is known: text (n,), and age float64 (n,)."""
+        columns = {name: np.array([getattr(row, name) for row in self.details]) for name in DETAILS}
+        return {name: column for name, column in columns.items() if not _unknown(column).all()}
 
 
 def write_sites(out: Path, sites: Sequence[tuple[str, SiteImages]], *, format: Format = "npz") -> list[Path]:
@@ -94,7 +103,8 @@ def _write_site(folder: Path, site: SiteImages, format: Format) -> None:
     source = _write_npz(folder, site) if format == "npz" else _write_pngs(folder, site)
     training = len(np.unique(site.patients[site.split == "train"]))
     budget = {"epsilon": _BUDGET_EPSILON, "delta": float(f"{1 / (10 * max(1, training)):.3g}")}
-    config = {"name": site.name, **source, "phantom": site.phantom, "state": "state", "budget": budget}
+    nature = {"phantom": site.phantom, "orientation": site.orientation}
+    config = {"name": site.name, **source, **nature, "state": "state", "budget": budget}
     write_through(folder / SITE_FILE, yaml.safe_dump(config, sort_keys=False).encode())
     if site.phantom:
         write_through(folder / PHANTOM_FILE, PHANTOM_NOTE.encode())
@@ -108,9 +118,12 @@ def _write_npz(folder: Path, site: SiteImages) -> dict[str, str]:
         "label_names": np.array(site.label_names),
         "patient_ids": site.patients,
         "split": site.split,
+        **site.details_by_column(),
     }
     if site.masks is not None:
         arrays["masks"] = site.masks
+    if site.masks is not None and site.has_mask is not None and not site.has_mask.all():
+        arrays["has_mask"] = site.has_mask
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
     write_through(folder / "data.npz", packed.getvalue())
@@ -120,20 +133,33 @@ def _write_npz(folder: Path, site: SiteImages) -> dict[str, str]:
 def _write_pngs(folder: Path, site: SiteImages) -> dict[str, str]:
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    masked = site.masks is not None
-    writer.writerow(["path", "label", "patient", "split"] + ["mask"] * masked)
+    masked, details = site.masks is not None, site.details_by_column()
+    writer.writerow(["path", "label", "patient", "split", *details] + ["mask"] * masked)
     for name in ("images", "masks")[: 1 + masked]:
         (folder / name).mkdir()
     for row, pixels in enumerate(site.images):
         path = f"images/{row:05d}.png"
         write_through(folder / path, _png(pixels))
         cells = [path, site.label_names[site.labels[row]], site.patients[row], site.split[row]]
-        if site.masks is not None:
+        cells += [_cell(column[row]) for column in details.values()]
+        if site.masks is not None and (site.has_mask is None or site.has_mask[row]):
             cells.append(f"masks/{row:05d}.png")
             write_through(folder / cells[-1], _png(site.masks[row]))
         writer.writerow(cells)
     write_through(folder / "manifest.csv", table.getvalue().encode())
     return {"manifest": "manifest.csv"}
+
+
+def _unknown(column: np.ndarray) -> np.ndarray:
+    """bool (n,)"""
+    unknown: np.ndarray = np.isnan(column) if column.dtype.kind == "f" else column == ""
+    return unknown
+
+
+def _cell(value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if math.isnan(value) else f"{value:g}"
 
 
 def _png(pixels: np.ndarray) -> bytes:

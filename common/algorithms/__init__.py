@@ -4,15 +4,37 @@ An algorithm never sees an image: it gets parameters and private queries and ret
 leak by mistake, and its file reads like the paper.
 """
 
-from common.algorithms import fedavg, fedprox, fomaml, local_only, reptile
-from common.algorithms.interface import Algorithm, LocalUpdate, PrivateQueries
+from common.algorithms import (
+    anil,
+    fedavg,
+    fedprox,
+    fomaml,
+    local_only,
+    maml,
+    mapping,
+    metasgd,
+    mrmtl,
+    protonet,
+    prototypes,
+    reptile,
+    transfer,
+)
+from common.algorithms.interface import Algorithm, ClassSums, LocalUpdate, PrivateQueries
 
 ALGORITHMS: dict[str, Algorithm] = {
     "reptile": reptile.ALGORITHM,
     "fomaml": fomaml.ALGORITHM,
+    "maml": maml.ALGORITHM,
+    "anil": anil.ALGORITHM,
+    "metasgd": metasgd.ALGORITHM,
+    "protonet": protonet.ALGORITHM,
+    "prototypes": prototypes.ALGORITHM,
+    "mapping": mapping.ALGORITHM,
     "fedavg": fedavg.ALGORITHM,
     "fedprox": fedprox.ALGORITHM,
+    "mrmtl": mrmtl.ALGORITHM,
     "local_only": local_only.ALGORITHM,
+    "transfer": transfer.ALGORITHM,
 }
 
-__all__ = ["ALGORITHMS", "Algorithm", "LocalUpdate", "PrivateQueries"]
+__all__ = ["ALGORITHMS", "Algorithm", "ClassSums", "LocalUpdate", "PrivateQueries"]

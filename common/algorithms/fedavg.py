@@ -9,4 +9,10 @@ from __future__ import annotations
 from common.algorithms import reptile
 from common.algorithms.interface import Algorithm
 
-ALGORITHM = Algorithm("Federated averaging", reptile.local_update, lambda spec: spec.inner_steps, keeps_head=True)
+ALGORITHM = Algorithm(
+    title="Federated averaging",
+    local_update=reptile.local_update,
+    queries_per_round=lambda spec: spec.inner_steps,
+    keeps=True,
+    learns_to_learn=False,
+)

@@ -13,14 +13,20 @@ from common.params import Params, add, select, subtract
 from common.plan import AlgorithmSpec
 
 
-def local_update(shared: Params, head: Params, private: PrivateQueries, spec: AlgorithmSpec) -> LocalUpdate:
+def local_update(shared: Params, kept: Params, private: PrivateQueries, spec: AlgorithmSpec) -> LocalUpdate:
     """K proximal steps; the update is phi_K - theta on the shared names. The head is not pulled."""
-    phi = shared | head
+    phi = shared | kept
     for _ in range(spec.inner_steps):
         gradient = private.gradient(phi)
         pull = subtract(select(phi, shared), shared)
         phi = step(phi, gradient | add(select(gradient, shared), pull, scale=spec.proximal), spec)
-    return LocalUpdate(update=subtract(select(phi, shared), shared), head=select(phi, head))
+    return LocalUpdate(update=subtract(select(phi, shared), shared), kept=select(phi, kept))
 
 
-ALGORITHM = Algorithm("FedProx", local_update, lambda spec: spec.inner_steps, keeps_head=True)
+ALGORITHM = Algorithm(
+    title="FedProx",
+    local_update=local_update,
+    queries_per_round=lambda spec: spec.inner_steps,
+    keeps=True,
+    learns_to_learn=False,
+)

@@ -15,13 +15,15 @@ from common.params import Params, scale, select
 from common.plan import AlgorithmSpec
 
 
-def local_update(shared: Params, head: Params, private: PrivateQueries, spec: AlgorithmSpec) -> LocalUpdate:
+def local_update(shared: Params, kept: Params, private: PrivateQueries, spec: AlgorithmSpec) -> LocalUpdate:
     """K inner steps, one query step; the update is -inner_lr times the query gradient on the shared names."""
-    phi = shared | head
+    phi = shared | kept
     for _ in range(spec.inner_steps):
         phi = step(phi, private.gradient(phi), spec)
     query_gradient = private.gradient(phi)
-    return LocalUpdate(update=scale(select(query_gradient, shared), -spec.inner_lr), head=select(phi, head))
+    return LocalUpdate(update=scale(select(query_gradient, shared), -spec.inner_lr), kept=select(phi, kept))
 
 
-ALGORITHM = Algorithm("First-order MAML", local_update, lambda spec: spec.inner_steps + 1, keeps_head=False)
+ALGORITHM = Algorithm(
+    title="First-order MAML", local_update=local_update, queries_per_round=lambda spec: spec.inner_steps + 1
+)

@@ -9,9 +9,11 @@ from common.params import Params, zeros_like
 from common.plan import AlgorithmSpec
 
 
-def local_update(shared: Params, head: Params, private: PrivateQueries, spec: AlgorithmSpec) -> LocalUpdate:
+def local_update(shared: Params, kept: Params, private: PrivateQueries, spec: AlgorithmSpec) -> LocalUpdate:
     """No query; no move."""
-    return LocalUpdate(update=zeros_like(shared), head=head)
+    return LocalUpdate(update=zeros_like(shared), kept=kept)
 
 
-ALGORITHM = Algorithm("Local only", local_update, lambda spec: 0, keeps_head=True)
+ALGORITHM = Algorithm(
+    title="Local only", local_update=local_update, queries_per_round=lambda spec: 0, keeps=True, learns_to_learn=False
+)

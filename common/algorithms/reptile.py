@@ -14,12 +14,12 @@ from common.params import Params, select, subtract
 from common.plan import AlgorithmSpec
 
 
-def local_update(shared: Params, head: Params, private: PrivateQueries, spec: AlgorithmSpec) -> LocalUpdate:
+def local_update(shared: Params, kept: Params, private: PrivateQueries, spec: AlgorithmSpec) -> LocalUpdate:
     """K inner steps from (theta, fresh head); the update is phi_K - theta on the shared names."""
-    phi = shared | head
+    phi = shared | kept
     for _ in range(spec.inner_steps):
         phi = step(phi, private.gradient(phi), spec)
-    return LocalUpdate(update=subtract(select(phi, shared), shared), head=select(phi, head))
+    return LocalUpdate(update=subtract(select(phi, shared), shared), kept=select(phi, kept))
 
 
-ALGORITHM = Algorithm("Reptile", local_update, lambda spec: spec.inner_steps, keeps_head=False)
+ALGORITHM = Algorithm(title="Reptile", local_update=local_update, queries_per_round=lambda spec: spec.inner_steps)

@@ -14,12 +14,14 @@ from client.data.cutting import split_patients
 from client.data.phantoms.canvas import views
 from client.data.phantoms.light import in_colour
 from client.data.phantoms.profiles import PROFILES, Profile
+from client.data.rows import Details
 from client.data.site_folder import Format, SiteImages, write_sites
 from common.errors import DataError, Problem
 
 __all__ = ["PROFILES", "draw_hospital", "make_phantom_sites"]
 
 _IMAGES_PER_PATIENT = (2, 5)
+_AGES = (20, 90)  # years
 
 
 def make_phantom_sites(
@@ -57,7 +59,7 @@ def draw_hospital(name: str, *, patients: int, image_size: int, channels: int, s
     """All images of one phantom hospital, split 'train'. Each patient depends on (seed, name, number) alone."""
     profile = PROFILES[name]
     labels = tuple(profile.labels)
-    images, masks, of_label, of_patient = [], [], [], []
+    images, masks, of_label, of_patient, details = [], [], [], [], []
     for patient in range(patients):
         rng = np.random.default_rng([seed, *name.encode(), 0, patient])
         label = patient % len(labels)
@@ -66,6 +68,7 @@ def draw_hospital(name: str, *, patients: int, image_size: int, channels: int, s
         masks.append(cover)
         of_label += [label] * len(shown)
         of_patient += [f"{name}-{patient:04d}"] * len(shown)
+        details += [_who(name, patient, seed)] * len(shown)
     split = np.full(len(of_label), "train")
     return SiteImages(
         name,
@@ -74,9 +77,18 @@ def draw_hospital(name: str, *, patients: int, image_size: int, channels: int, s
         np.array(of_patient),
         split,
         labels,
+        tuple(details),
         np.concatenate(masks),
+        orientation=profile.modality.orientation,
         phantom=True,
     )
+
+
+def _who(name: str, patient: int, seed: int) -> Details:
+    """Age and sex of one patient; nothing that is drawn depends on them."""
+    rng = np.random.default_rng([seed, *name.encode(), 2, patient])
+    age, sex = float(rng.integers(_AGES[0], _AGES[1] + 1)), str(rng.choice(["F", "M"]))
+    return Details(PROFILES[name].modality.title, age, sex, f"{name}-scanner")
 
 
 def _draw_patient(

@@ -11,6 +11,7 @@ from client.data.phantoms import light, mri_ultrasound, xray_ct
 from client.data.phantoms.canvas import Canvas
 from client.data.phantoms.scanner import Scanner
 from client.data.phantoms.xray_ct import Drawing
+from client.site import Orientation
 
 Draw = Callable[[Canvas, np.random.Generator, str], Drawing]
 
@@ -25,6 +26,7 @@ class Modality:
     turn: float = 0.06  # radians
     zoom: float = 0.06
     palette: tuple[tuple[float, float, float], ...] = ((0, 0, 0), (1, 1, 1))  # grey 0..1 to red, green, blue
+    orientation: Orientation = "fixed"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Profile:
     """One phantom hospital."""
 
     modality: Modality
-    labels: dict[str, str]  # label -> lesion drawn
+    labels: dict[str, str]  # label -> lesion drawn; several, in the order drawn, with '|' between
     scanner: Scanner
 
 
@@ -47,8 +49,14 @@ BRAIN_T1 = Modality("brain MRI, T1 with contrast", mri_ultrasound.brain_t1, turn
 BRAIN_FLAIR = Modality("brain MRI, FLAIR", mri_ultrasound.brain_flair, turn=0.12)
 ULTRASOUND = Modality("ultrasound", mri_ultrasound.ultrasound, shift=0.03, turn=0.03, zoom=0.03)
 FUNDUS = Modality("fundus photograph", light.fundus, shift=0.04, turn=0.15, palette=_ORANGE)
-BLOOD_SMEAR = Modality("blood smear", light.blood_smear, shift=0.1, turn=3.14, zoom=0.1, palette=_GIEMSA)
-STAINED_TISSUE = Modality("stained tissue", light.stained_tissue, shift=0.1, turn=3.14, zoom=0.1, palette=_EOSIN)
+BLOOD_SMEAR = Modality(
+    "blood smear", light.blood_smear, shift=0.1, turn=3.14, zoom=0.1, palette=_GIEMSA, orientation="free"
+)
+STAINED_TISSUE = Modality(
+    "stained tissue", light.stained_tissue, shift=0.1, turn=3.14, zoom=0.1, palette=_EOSIN, orientation="free"
+)
+
+_TWO_FINDINGS = {"none": "none", "nodule": "nodule", "effusion": "effusion", "nodule|effusion": "effusion|nodule"}
 
 PROFILES: dict[str, Profile] = {
     "alder": Profile(
@@ -82,7 +90,13 @@ PROFILES: dict[str, Profile] = {
     "pine": Profile(
         BRAIN_FLAIR, {"normal": "none", "white_spots": "spots"}, Scanner(contrast=1.1, noise=0.035, blur=0.5)
     ),
+    "poplar": Profile(
+        CHEST_FILM, _TWO_FINDINGS, Scanner(gamma=0.9, contrast=1.05, noise=0.03, blur=0.4, vignette=0.1, marker="L")
+    ),
     "rowan": Profile(STAINED_TISSUE, {"benign": "none", "tumour": "tumour"}, Scanner(gamma=1.1, noise=0.03, blur=0.5)),
+    "spruce": Profile(
+        CHEST_FILM, _TWO_FINDINGS, Scanner(gamma=1.15, contrast=0.85, brightness=0.03, noise=0.04, blur=0.6, marker="R")
+    ),
     "willow": Profile(
         CHEST_FILM,
         {"normal": "none", "nodule": "nodule", "effusion": "effusion"},

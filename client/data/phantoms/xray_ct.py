@@ -10,7 +10,7 @@ Drawing = tuple[Field, Field]  # image (k, S, S) in 0..1; cover of the lesion (k
 
 
 def chest_film(canvas: Canvas, rng: np.random.Generator, lesion: str) -> Drawing:
-    """A frontal chest film: lungs dark, heart, spine, ribs and diaphragm bright."""
+    """A frontal chest film: lungs dark, heart, spine, ribs and diaphragm bright. `lesion` may name several, as a|b."""
     wide, tall, heart = rng.uniform(0.92, 1.08), rng.uniform(0.92, 1.08), rng.uniform(0.9, 1.15)
     lungs, base = _lungs(canvas, wide, tall, rng)
     slope = canvas.y + 0.8 - 0.5 * canvas.x**2 - 0.1 * np.abs(canvas.x)
@@ -30,7 +30,11 @@ def chest_film(canvas: Canvas, rng: np.random.Generator, lesion: str) -> Drawing
     image = over(image, 0.8, 0.92 * np.maximum(shadow, canvas.disc(0.02, 0.12, 0.18, 0.3, soft=4)))
     image += 0.07 * canvas.bump(0, 0, 0.05, 3) * (1 + 0.4 * np.cos(2 * np.pi * canvas.y / 0.14))
     image = over(image, 0.86, base * torso)
-    return _LUNG_LESIONS[lesion](canvas, rng, image, lungs)
+    cover = np.zeros(canvas.x.shape)
+    for name in lesion.split("|"):
+        image, mark = _LUNG_LESIONS[name](canvas, rng, image, lungs)
+        cover = np.maximum(cover, mark)
+    return image, cover
 
 
 def _lungs(canvas: Canvas, wide: float, tall: float, rng: np.random.Generator) -> tuple[Field, Field]:
