@@ -10,9 +10,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from common.errors import PlanError
 from common.plan import StudyPlan, load_plan, plan_from_json
+from common.plan_rules import UNSCORED
+from server.experiment import arms_of
 
 PLAN = """\
 study: tiny
@@ -559,3 +562,18 @@ def test_every_shipped_study_is_valid(path: Path) -> None:
     plan = load_plan(path)
     assert plan.study == path.stem
     assert plan.held_out_sites or plan.evaluation.leave_one_out, "nothing would be shown"
+
+
+@pytest.mark.parametrize("name", sorted(UNSCORED))
+def test_what_leaves_nothing_to_score_is_not_weighed_by_score(make_plan, name: str) -> None:
+    assert make_plan(outer={"weights": "score"}).monitored
+    with pytest.raises(ValidationError, match=f"{name} adapts nothing at the site that could be scored"):
+        make_plan(algorithm={"name": name}, outer={"weights": "score"}, evaluation={"compare": []})
+    compared = make_plan(outer={"weights": "score"}, evaluation={"compare": [name]})
+    assert {arm.plan.outer.weights for arm in arms_of(compared)} == {"score", "equal"}
+
+
+def test_a_plan_that_maps_may_be_compared_with_what_does_not(make_plan) -> None:
+    plan = make_plan(algorithm={"name": "mapping"}, model={"name": "conv4", "width": 8, "trainable": "mapping"})
+    trained = {arm.name: arm.plan.model.trainable for arm in arms_of(plan)}
+    assert trained == {"meta": "mapping", "fedavg": "film"}

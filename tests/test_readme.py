@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.plan import load_plan
+
 ROOT = Path(__file__).parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data"
 LEFT_OUT = ("bash deploy/test.sh",)  # what runs these tests
@@ -67,11 +69,15 @@ def test_readme_has_the_commands_of_every_user() -> None:
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1].endswith(LEFT_OUT[0])
 
 
+def needs_real_images(line: str) -> bool:
+    return "sites/hospitals" in line or "sites/masks" in line
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_commands_work_as_they_stand(checkout: Path) -> None:
     for line in commands():
-        if line not in LEFT_OUT and "hospitals" not in line:
+        if line not in LEFT_OUT and not needs_real_images(line):
             printed = run(line, checkout, seconds=600)
             if line == "bash deploy/demo.sh":
                 assert f"Report: {checkout / 'runs/demo/report.html'}" in printed
@@ -82,19 +88,28 @@ def test_the_commands_work_as_they_stand(checkout: Path) -> None:
 @pytest.mark.realdata
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the real images are not beside this checkout, in ../shared/data")
 @pytest.mark.timeout(900)
-def test_the_real_study_s_commands_work_with_fewer_steps(checkout: Path) -> None:
-    """The same commands; a short warm start, and one round where the study has fifteen."""
+def test_the_real_studies_commands_work_with_fewer_steps(checkout: Path) -> None:
+    """The same commands; short warm starts, and studies of one round with few images and nothing beside them."""
     (checkout.parent / "shared").symlink_to(REAL_DATA.parent)
-    make, pretrain, simulate = (line for line in commands() if "hospitals" in line)
-    run(make, checkout, seconds=300)
-    run(f"{pretrain} --steps 2", checkout, seconds=300)
-    plan = checkout / "deploy" / "studies" / "hospitals.yaml"
-    run(f"consilium-lab study check {plan}", checkout, seconds=60)
-    study = yaml.safe_load(plan.read_text())
+    for study in ("hospitals", "utility", "anomalies", "masks"):
+        shorten(checkout / "deploy" / "studies" / f"{study}.yaml", compare=["anil"] if study == "utility" else [])
+    for line in filter(needs_real_images, commands()):
+        short = {"pretrain": f"{line} --steps 2", "utility.yaml": f"{line} --seeds 2 --epsilon inf"}
+        run(next((words for name, words in short.items() if name in line), line), checkout, seconds=300)
+    for name, told in (("hospitals", "montgomery"), ("anomalies", "more unusual than"), ("masks", "histology")):
+        page = (checkout / "runs" / name / "report.html").read_text()
+        assert told in page
+        assert "PHANTOMS" not in page
+    assert "anil" in (checkout / "runs" / "utility" / "utility.md").read_text()
+
+
+def shorten(file: Path, *, compare: list[str]) -> None:
+    """Make a study short, and see that the whole one can be loaded."""
+    load_plan(file)
+    study = yaml.safe_load(file.read_text())
     study["rounds"] = 1
-    study["evaluation"] |= {"splits": 2, "draws": 1, "leave_one_out": [], "without_privacy": False, "compare": []}
-    plan.write_text(yaml.safe_dump(study))
-    run(simulate, checkout, seconds=600)
-    page = (checkout / "runs" / "hospitals" / "report.html").read_text()
-    assert "montgomery" in page
-    assert "PHANTOMS" not in page
+    study["algorithm"]["inner_steps"] = 1
+    few = {"splits": 2, "draws": 1, "shots": [1], "leave_one_out": [], "without_privacy": False, "curve_points": 0}
+    study["evaluation"] |= few | {"compare": compare, "ceiling": False}
+    study["evaluation"]["adaptation"] |= {"steps": 2}
+    file.write_text(yaml.safe_dump(study))
