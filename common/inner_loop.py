@@ -14,7 +14,7 @@ from torch.func import grad
 from common.episodes import Batch
 from common.learner import Learner
 from common.models import HEAD, part_names
-from common.params import Params, add, detach, select, subtract
+from common.params import Params, detach, select
 from common.plan import AdaptationSpec
 
 
@@ -31,9 +31,10 @@ def adapt(
 ) -> Params:
     """`params` after `spec.steps` steps on the support set; only `spec.trainable` moves, or the names in `moving`.
 
-    `rates` replaces the plan's rates where it has the name (Meta-SGD); `pull` draws back to where the loop began
-    (FedProx, MR-MTL). With `second_order` the result is a differentiable function of `params`, its own gradients
-    included; without, it is detached, and a gradient taken there is the first-order meta-gradient.
+    `rates` replaces the plan's rates where it has the name (Meta-SGD). `pull` draws back to where the loop began
+    (MR-MTL); not the head, whose zero start means nothing. With `second_order` the result is a differentiable function
+    of `params`, its own gradients included; without, it is detached, and a gradient taken there is the first-order
+    meta-gradient.
     """
     names = part_names(learner.network, spec.trainable) if moving is None else moving
     loss = _loss_of(learner, params, support, names, second_order)
@@ -42,7 +43,7 @@ def adapt(
     for _ in range(spec.steps):
         gradient = grad(loss)(phi)
         if pull:
-            gradient = add(gradient, subtract(phi, start), scale=pull)
+            gradient |= {name: gradient[name] + pull * (phi[name] - start[name]) for name in phi if not _is_head(name)}
         phi = {name: value - _rate(name, spec, rates) * gradient[name] for name, value in phi.items()}
         if not second_order:
             phi = {name: value.detach() for name, value in phi.items()}
@@ -53,7 +54,7 @@ def _loss_of(
     learner: Learner, params: Params, support: Batch, names: Collection[str], second_order: bool
 ) -> Callable[[Params], Tensor]:
     """The support loss of the parameters that move. Where the body does not move, it runs once."""
-    if not all(name.startswith(HEAD) for name in names):
+    if not all(map(_is_head, names)):
         return lambda phi: learner.loss(learner.outputs(params | phi, support.inputs), support)
     with torch.set_grad_enabled(second_order):
         features = learner.features(params, support.inputs)
@@ -63,4 +64,8 @@ def _loss_of(
 def _rate(name: str, spec: AdaptationSpec, rates: Params | None) -> Tensor | float:
     if rates is not None and name in rates:
         return rates[name]
-    return spec.head_lr if spec.head_lr is not None and name.startswith(HEAD) else spec.lr
+    return spec.head_lr if spec.head_lr is not None and _is_head(name) else spec.lr
+
+
+def _is_head(name: str) -> bool:
+    return name.startswith(HEAD)

@@ -477,6 +477,20 @@ def test_a_new_hospital_adapts_what_any_algorithm_learned(data: SiteData, name: 
     assert {trial.note for trial in trials} == {""}
 
 
+def test_a_pull_to_the_mean_leaves_the_head_alone(data: SiteData) -> None:
+    """A rate of 2 and a pull of 1 would throw a pulled head about; a new task's head has no mean to be near to."""
+    network = build_model(plan_of().model, plan_of().task, ways=2, seed=1)
+    spec = AdaptationSpec(trainable="head", steps=20, lr=2.0)
+    free, pulled = (adapt(learner(network), parameters(network), everything(data), spec, pull=p) for p in (0.0, 1.0))
+    assert torch.equal(free["head.weight"], pulled["head.weight"])
+    spec = AdaptationSpec(trainable="all", steps=20, lr=0.1)
+    far, near = (
+        adapt(learner(network), with_head(parameters(network)), everything(data), spec, pull=p) for p in (0.0, 1.0)
+    )
+    name, start = first_convolution(network), parameters(network)
+    assert (near[name] - start[name]).norm() < (far[name] - start[name]).norm()
+
+
 def test_learned_rates_are_used(data: SiteData) -> None:
     plan = plan_of(algorithm={"name": "metasgd"}, shots=[5])
     body = body_of(plan, seed=2)
