@@ -166,7 +166,7 @@ def simulate_study(
     """
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))  # more threads than cores are far slower than one
     checked = check_study(file)
-    _claim(checked.plan, out, resume=resume)
+    claim(checked.plan, out, resume=resume)
     folders = draw_phantoms(checked.plan, out / "sites") if sites is None else site_folders(sites)
     experiment = open_experiment(checked.plan, file.parent, folders, out, sentences=tuple(checked.sentences))
     return run_experiment(experiment, watcher=watcher, engine=engine, jobs=jobs)
@@ -279,7 +279,7 @@ def _changed(plan: StudyPlan, **changes: object) -> StudyPlan:
     return plan_from_json(plan.model_copy(update=changes).to_json())
 
 
-def _claim(plan: StudyPlan, out: Path, *, resume: bool) -> None:
+def claim(plan: StudyPlan, out: Path, *, resume: bool) -> None:
     """Mark the run folder as this study's. Raises UsageError if it holds something else, or is not to be resumed."""
     path = out / PLAN
     if not path.exists():

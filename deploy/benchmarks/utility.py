@@ -35,7 +35,7 @@ from common.files import write_atomically
 from common.metrics import lead_metric
 from common.plan import StudyPlan, load_plan, plan_from_json
 from common.trials import CEILING, RANDOM, Estimate, Trial, interval, mean, split_means
-from server.experiment import arms_of, open_experiment, run_experiment, without_privacy
+from server.experiment import arms_of, claim, open_experiment, run_experiment, without_privacy
 from server.progress import ProgressBars
 from server.results import META
 from server.simulation import site_folders
@@ -104,6 +104,7 @@ def main(
 def run_setting(plan: StudyPlan, plan_folder: Path, sites: Path, out: Path, setting: Setting) -> Sequence[Trial]:
     """Run or resume one setting; its trials."""
     changed = plan_of(plan, setting)
+    claim(changed, out / setting.name, resume=True)
     experiment = open_experiment(changed, plan_folder, site_folders(sites), out / setting.name, sentences=())
     with ProgressBars(Console(quiet=True)) as bars:
         return run_experiment(experiment, watcher=bars, engine="local", jobs=1).trials
