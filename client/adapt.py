@@ -86,7 +86,7 @@ def ceiling_trials(
         rows = support_rows(support_groups(data, split, rng), len(data))
         phi = _train(learner, _starting_point(start, data, plan), data, rows, rng)
         query = data.rows(split.query)
-        verdict = judge(learner, phi, evenly(data.inputs(rows), data.targets[rows]), query, query.inputs(), plan)
+        verdict = judge(learner, phi, evenly(data.inputs(rows), data.targets_at(rows)), query, query.inputs(), plan)
         trials.append(_trial(target or data.site, data, kind, CEILING, 0, number, 0, verdict, verdict.note))
     return trials
 
@@ -147,7 +147,7 @@ class _Learned:
 
     def adapted(self, rows: Tensor) -> tuple[Params, Batch]:
         """The parameters after adaptation to the support set of these rows, and that set."""
-        support = evenly(self.inputs[rows], self.data.targets[rows])
+        support = evenly(self.inputs[rows], self.data.targets_at(rows))
         if self.plan.task.kind == "anomaly":
             return self._adapted_to_healthy(support), support
         algorithm = self.plan.algorithm
@@ -191,7 +191,7 @@ def _train(learner: Learner, params: Params, data: SiteData, rows: Tensor, rng: 
     for _ in range(_CEILING_STEPS):
         batch = rows[torch.randperm(len(rows), generator=rng)[:_CEILING_BATCH]]
         optimizer.zero_grad()
-        inputs, targets = learner.task.views(data.inputs(batch), data.targets[batch], rng)
+        inputs, targets = learner.task.views(data.inputs(batch), data.targets_at(batch), rng)
         learner.task.loss(network(inputs), targets).mean().backward()
         optimizer.step()
         schedule.step()

@@ -85,13 +85,14 @@ class Patients:
     def batch(self, rows: Tensor, generator: torch.Generator, *, views: int = 1) -> tuple[Tensor, Tensor]:
         """Network inputs and targets on the device: with `views` above 1 so many random views of each row, view by
         view; then whatever the task makes of them."""
-        inputs, targets = self.data.inputs(rows), self.data.targets[rows]
         if views > 1 and len(rows):
             inputs, targets = self._views(rows.repeat(views), generator)
+        else:
+            inputs, targets = self.data.inputs(rows), self.data.targets_at(rows)
         return self.task.views(inputs.to(self.device), targets.to(self.device), generator)
 
     def _views(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        images, targets = self.data.images[rows].float() / 255.0, self.data.targets[rows]
+        images, targets = self.data.images[rows].float() / 255.0, self.data.targets_at(rows)
         if self.data.kind == "segmentation":
             images, targets = augment_with_masks(images, targets, generator)
         else:

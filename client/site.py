@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from common.errors import DataError, UsageError
+from common.names import Name
 from common.validation import Strict, validate
 from common.yaml_lines import read_yaml
 
 SITE_FILE = "site.yaml"
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,40}\Z")
 
 
 def _stays_inside(value: str) -> str:
@@ -38,7 +36,7 @@ class Budget(Strict):
 class SiteConfig(Strict):
     """One hospital: where its images are, and what it allows."""
 
-    name: str
+    name: Name
     manifest: InsidePath | None = None  # a CSV: path,label,patient
     npz: InsidePath | None = None  # images, labels, patient_ids; or MedMNIST's form
     label_map: dict[str, str] = {}  # the hospital's label -> the plan's label
@@ -47,13 +45,6 @@ class SiteConfig(Strict):
     device: Literal["cpu", "cuda", "auto"] = "auto"
     state: InsidePath = "state"  # folder of the ledger and the stored releases
     budget: Budget
-
-    @field_validator("name")
-    @classmethod
-    def _site_name(cls, value: str) -> str:
-        if not _NAME.match(value):
-            raise ValueError("use lower-case letters, digits, '-' and '_', at most 41")
-        return value
 
     @field_validator("label_map", mode="before")
     @classmethod

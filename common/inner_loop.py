@@ -44,7 +44,7 @@ def adapt(
         gradient = grad(loss)(phi)
         if pull:
             gradient |= {name: gradient[name] + pull * (phi[name] - start[name]) for name in phi if not _is_head(name)}
-        phi = {name: value - _rate(name, spec, rates) * gradient[name] for name, value in phi.items()}
+        phi = {name: value - _step_size(name, spec, rates) * gradient[name] for name, value in phi.items()}
         if not second_order:
             phi = {name: value.detach() for name, value in phi.items()}
     return params | phi
@@ -61,10 +61,13 @@ def _loss_of(
     return lambda phi: learner.loss(learner.head(params | phi, features), support)
 
 
-def _rate(name: str, spec: AdaptationSpec, rates: Params | None) -> Tensor | float:
-    if rates is not None and name in rates:
-        return rates[name]
+def rate(name: str, spec: AdaptationSpec) -> float:
+    """The plan's inner rate for the parameter of this name."""
     return spec.head_lr if spec.head_lr is not None and _is_head(name) else spec.lr
+
+
+def _step_size(name: str, spec: AdaptationSpec, rates: Params | None) -> Tensor | float:
+    return rates[name] if rates is not None and name in rates else rate(name, spec)
 
 
 def _is_head(name: str) -> bool:

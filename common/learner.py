@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from common.models import BODY, HEAD, Network
-from common.params import Params
+from common.params import Params, within
 from common.tasks import Task
 
 if TYPE_CHECKING:
@@ -30,18 +30,14 @@ class Learner:
 
     def features(self, params: Params, inputs: Tensor) -> Tensor:
         """The body's (n, F), or (n, F, H, W)."""
-        features: Tensor = functional_call(self.network.body, _part(params, BODY), (inputs,))
+        features: Tensor = functional_call(self.network.body, within(params, BODY), (inputs,))
         return features
 
     def head(self, params: Params, features: Tensor) -> Tensor:
         """The outputs of features."""
-        outputs: Tensor = functional_call(self.network.head, _part(params, HEAD), (features,))
+        outputs: Tensor = functional_call(self.network.head, within(params, HEAD), (features,))
         return outputs
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The mean loss of the batch's rows, each counting by its weight; scalar."""
         return (self.task.loss(outputs, batch.targets) * batch.weights).sum() / batch.weights.sum()
-
-
-def _part(params: Params, prefix: str) -> Params:
-    return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}

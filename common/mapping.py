@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from common.params import Params
+from common.params import Params, within
 
 MAPPING, ENCODER = "mapping.", "encoder."  # prefixes of parameter names
 TASK_NUMBERS = 16  # of a task vector
@@ -64,7 +64,7 @@ def add_mapping(network: nn.Module, features: int, sizes: dict[str, int]) -> Non
 def task_vector(network: nn.Module, params: Params, prototypes: Tensor) -> Tensor:
     """(TASK_NUMBERS,) of prototypes (ways, F)."""
     encoder = network.get_submodule(ENCODER.rstrip("."))
-    vector: Tensor = functional_call(encoder, _part(params, ENCODER), (prototypes,))
+    vector: Tensor = functional_call(encoder, within(params, ENCODER), (prototypes,))
     return vector
 
 
@@ -75,9 +75,5 @@ def modulate(network: nn.Module, params: Params, task: Tensor) -> Params:
         raise TypeError(f"the network's mapping is a {type(mapping).__name__}")
     sizes = mapping.sizes
     shared = torch.cat([params[name].flatten() for name in sizes])
-    values = functional_call(mapping, _part(params, MAPPING), (task, shared)).split(list(sizes.values()))
+    values = functional_call(mapping, within(params, MAPPING), (task, shared)).split(list(sizes.values()))
     return {name: value.reshape(params[name].shape) for name, value in zip(sizes, values, strict=True)}
-
-
-def _part(params: Params, prefix: str) -> Params:
-    return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}

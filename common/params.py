@@ -44,6 +44,11 @@ def select(params: Mapping[str, Tensor], names: Iterable[str]) -> Params:
     return {name: params[name] for name in names}
 
 
+def within(params: Mapping[str, Tensor], prefix: str) -> Params:
+    """Those whose names begin with `prefix`, named by the rest."""
+    return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+
+
 def detach(params: Mapping[str, Tensor]) -> Params:
     """Copies cut from every graph."""
     return {name: value.detach().clone() for name, value in params.items()}

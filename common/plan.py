@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from common.errors import PlanError, UsageError
+from common.findings import FINDINGS_BETWEEN, NO_FINDING
+from common.names import Name
 from common.plan_rules import EPISODIC, RULES
 from common.validation import Inconsistent, Mistake, Strict, broken_rules, valid_fields, validate
 from common.yaml_lines import read_yaml
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,40}\Z")
-
-
-def _well_named(value: str) -> str:
-    if not _NAME.match(value):
-        raise ValueError("use lower-case letters, digits, '-' and '_', at most 41")
-    return value
 
 
 def _whole(value: Any) -> Any:
@@ -52,7 +45,6 @@ def _require_proximal(name: str, proximal: float) -> None:
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Name = Annotated[str, AfterValidator(_well_named)]
 Label = Annotated[str, Field(min_length=1)]
 Labels = Annotated[list[Label], Field(min_length=1)]
 Trainable = Literal["all", "film", "head", "mapping"]
@@ -95,9 +87,10 @@ class TaskSpec(Strict):
             if len(labels) < (1 if others.data.get("kind") == "multilabel" else 2):
                 mistakes.append(Mistake((name,), f"task.label_sets.{name} is {labels}", "give at least two labels"))
             for index, label in enumerate(labels):
-                if others.data.get("kind") == "multilabel" and (label == "none" or "|" in label):
+                if others.data.get("kind") == "multilabel" and (label == NO_FINDING or FINDINGS_BETWEEN in label):
                     what = f"task.label_sets.{name} names a finding {label!r}"
-                    mistakes.append(Mistake((name, index), what, "'none' says no finding, '|' separates two"))
+                    allowed = f"'{NO_FINDING}' says no finding, '{FINDINGS_BETWEEN}' separates two"
+                    mistakes.append(Mistake((name, index), what, allowed))
                 if label in labels[:index]:
                     mistakes.append(Mistake((name, index), f"task.label_sets.{name} names {label!r} twice", "keep one"))
         if mistakes:

@@ -18,5 +18,6 @@ check() {
 check ruff check .
 check ruff format --check .
 check mypy
-check pytest "$@"
+export OMP_NUM_THREADS=1 # each process of the tests has one core
+check pytest --numprocesses auto --dist worksteal "$@"
 exit "$status"

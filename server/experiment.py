@@ -164,7 +164,8 @@ def simulate_study(
 
     Raises PlanError, DataError, UsageError, CheckpointError or RunError.
     """
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))  # more threads than cores are far slower than one
+    processors = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    torch.set_num_threads(max(1, processors // jobs))  # more threads than cores are far slower than one
     checked = check_study(file)
     claim(checked.plan, out, resume=resume)
     folders = draw_phantoms(checked.plan, out / "sites") if sites is None else site_folders(sites)

@@ -11,12 +11,12 @@ from torch.nn import functional
 
 from common.augment import augment, augment_with_masks
 from common.errors import DataError, Problem
+from common.findings import FINDINGS_BETWEEN, findings_in
 from common.images import normalise, with_modality
 from common.plan import StudyPlan
 from common.tasks import RECONSTRUCTION, TASKS, Task
 
 _SMOOTHING = 0.05  # of the labels
-_AND, _NONE = "|", "none"  # between the findings of one image; of an image without any
 
 
 @dataclass(frozen=True)
@@ -116,15 +116,11 @@ def _lesson_of(public: PublicSet, plan: StudyPlan) -> Lesson:
     if plan.task.kind == "segmentation" and public.masks is not None:
         values, targets = public.masks.unique(return_inverse=True)
         return Lesson(public, TASKS["segmentation"], targets, len(values))
-    if plan.task.kind == "multilabel" and any(_AND in name for name in public.label_names):
-        findings = sorted(set().union(*map(_findings, public.label_names)))
-        of_name = torch.tensor([[float(one in _findings(name)) for one in findings] for name in public.label_names])
+    if plan.task.kind == "multilabel" and any(FINDINGS_BETWEEN in name for name in public.label_names):
+        findings = sorted(set().union(*map(findings_in, public.label_names)))
+        of_name = torch.tensor([[float(one in findings_in(name)) for one in findings] for name in public.label_names])
         return Lesson(public, TASKS["multilabel"], of_name[public.labels], len(findings))
     return Lesson(public, _SMOOTHED, public.labels, len(public.label_names))
-
-
-def _findings(label: str) -> set[str]:
-    return {part.strip() for part in label.split(_AND)} - {_NONE}
 
 
 def _smoothed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ def test_the_tests_run_everything_and_pass_arguments_to_pytest(checkout: Checkou
     done = checkout.run("test.sh", "-k", "two words")
     assert done.returncode == 0, done.stderr
     ran = [line for line in done.stdout.splitlines() if "Installing" not in line]
-    assert ran == ["ruff check .", "ruff format --check .", "mypy ", "pytest -k two words"]
+    assert ran == ["ruff check .", "ruff format --check .", "mypy ", "pytest --numprocesses auto --dist worksteal -k two words"]
 
 
 def test_the_exit_code_is_that_of_the_first_failure_and_pytest_still_runs(checkout: Checkout) -> None:

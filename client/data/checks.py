@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from client.data.intake import Target, count_problems, fit_rows, plan_target, read_rows
-from client.data.rows import NO_FINDING, Details, Row, findings_in, refuse
+from client.data.rows import Details, Row, refuse
 from client.site import SiteConfig, load_site_config
 from common.errors import Problem, UsageError
+from common.findings import NO_FINDING, findings_in
 from common.plan import StudyPlan, TaskKind
 
 

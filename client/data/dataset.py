@@ -37,11 +37,15 @@ class SiteData:
     @property
     def targets(self) -> Tensor:
         """What losses compare outputs with: the labels; for segmentation int64 masks (n, H, W)."""
+        return self.targets_at(slice(None))
+
+    def targets_at(self, index: Tensor | slice) -> Tensor:
+        """The targets of some rows."""
         if self.kind != "segmentation":
-            return self.labels
+            return self.labels[index]
         if self.masks is None:
             raise ValueError(f"site {self.site} has no mask for every row")
-        return self.masks.long()
+        return self.masks[index].long()
 
     @property
     def strata(self) -> Tensor:

@@ -13,9 +13,10 @@ import numpy as np
 from client.data.manifest import manifest_rows
 from client.data.npz import npz_rows
 from client.data.readers import UnreadableImageError, fit_image, fit_mask
-from client.data.rows import FINDINGS_BETWEEN, NO_FINDING, Row, findings_in, one_split_each, refuse
+from client.data.rows import Row, one_split_each, refuse
 from client.site import SITE_FILE, SiteConfig
 from common.errors import DataError, Problem
+from common.findings import FINDINGS_BETWEEN, NO_FINDING, findings_in
 from common.plan import RowFilter, StudyPlan, TaskKind
 from common.yaml_lines import read_yaml
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from client.data.dataset import SiteData
 from client.data.intake import Target, count_problems, fit_rows, plan_target, read_rows
-from client.data.rows import Row, findings_in, refuse
+from client.data.rows import Row, refuse
 from client.site import SiteConfig, load_site_config
 from common.errors import Problem
+from common.findings import findings_in
 from common.plan import StudyPlan, TaskKind
 
 

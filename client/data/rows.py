@@ -20,9 +20,6 @@ SPLIT_WORDS = "'train', 'val' (counted as train: nothing is tuned on a site's va
 
 DETAILS = ("modality", "age", "sex", "scanner")
 
-FINDINGS_BETWEEN = "|"  # in the label of a row that shows several findings
-NO_FINDING = "none"
-
 _SHOWN = 20
 _OLDEST = 130  # years
 
@@ -68,11 +65,6 @@ def read_details(where: str, *, modality: str, age: str, sex: str, scanner: str,
         what = f"the age is no number of years from 0 to {_OLDEST}"
         problems.append(Problem(where, what, "give years, as 63 or 0.5; leave it empty where it is unknown"))
     return Details(modality, math.nan if years is None else years, sex, scanner)
-
-
-def findings_in(label: str) -> tuple[str, ...]:
-    """The findings that a row's label names; none for 'none'."""
-    return () if label == NO_FINDING else tuple(part.strip() for part in label.split(FINDINGS_BETWEEN))
 
 
 def one_split_each(rows: Iterator[Row], problems: list[Problem]) -> Iterator[Row]:

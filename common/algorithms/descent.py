@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from common.algorithms.interface import LocalUpdate, PrivateQueries
 from common.episodes import MetaLoss
-from common.models import HEAD
-from common.params import Params, add, subtract
+from common.inner_loop import rate
+from common.params import Params, add, select, subtract
 from common.plan import AdaptationSpec, AlgorithmSpec
 
 
 def step(params: Params, gradient: Params, spec: AlgorithmSpec) -> Params:
     """params - inner_lr * gradient; the head's entries move by `head_lr` where the plan gives one."""
-    head_lr = spec.inner_lr if spec.head_lr is None else spec.head_lr
-    return {
-        name: value - (head_lr if name.startswith(HEAD) else spec.inner_lr) * gradient[name]
-        for name, value in params.items()
-    }
+    return {name: value - rate(name, inner_loop(spec)) * gradient[name] for name, value in params.items()}
+
+
+def pulled_step(params: Params, gradient: Params, mean: Params, spec: AlgorithmSpec) -> Params:
+    """The same with the gradient of proximal / 2 * ||params - mean||^2 added, on the names that `mean` has."""
+    pull = subtract(select(params, mean), mean)
+    return step(params, gradient | add(select(gradient, mean), pull, scale=spec.proximal), spec)
 
 
 def inner_loop(spec: AlgorithmSpec) -> AdaptationSpec:

@@ -7,9 +7,9 @@ The pull needs no data: it is post-processing of earlier releases.
 
 from __future__ import annotations
 
-from common.algorithms.descent import step
+from common.algorithms.descent import pulled_step
 from common.algorithms.interface import Algorithm, LocalUpdate, PrivateQueries
-from common.params import Params, add, select, subtract
+from common.params import Params, select, subtract
 from common.plan import AlgorithmSpec
 
 
@@ -17,9 +17,7 @@ def local_update(shared: Params, kept: Params, private: PrivateQueries, spec: Al
     """K proximal steps; the update is phi_K - theta on the shared names. The head is not pulled."""
     phi = shared | kept
     for _ in range(spec.inner_steps):
-        gradient = private.gradient(phi)
-        pull = subtract(select(phi, shared), shared)
-        phi = step(phi, gradient | add(select(gradient, shared), pull, scale=spec.proximal), spec)
+        phi = pulled_step(phi, private.gradient(phi), shared, spec)
     return LocalUpdate(update=subtract(select(phi, shared), shared), kept=select(phi, kept))
 
 

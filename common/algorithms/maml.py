@@ -8,7 +8,7 @@ query, in which whole episodes are clipped.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from torch import Tensor
 
@@ -21,11 +21,18 @@ from common.params import Params
 from common.plan import AlgorithmSpec
 
 
-def query_loss_after(spec: AlgorithmSpec, moving: Collection[str]) -> MetaLoss:
-    """The query loss at phi_K, where K inner steps on the support set lead; `moving` are the names that they move."""
+def query_loss_after(
+    spec: AlgorithmSpec, moving: Collection[str], *, rates_of: Callable[[Params], Params] | None = None
+) -> MetaLoss:
+    """The query loss at phi_K, where K inner steps on the support set lead; `moving` are the names that they move.
+
+    `rates_of` says what rates the parameters themselves carry.
+    """
+    loop = inner_loop(spec)
 
     def meta_loss(learner: Learner, params: Params, episode: Episode) -> Tensor:
-        phi = adapt(learner, params, episode.support, inner_loop(spec), moving=moving, second_order=True)
+        rates = None if rates_of is None else rates_of(params)
+        phi = adapt(learner, params, episode.support, loop, moving=moving, rates=rates, second_order=True)
         return learner.loss(learner.outputs(phi, episode.query.inputs), episode.query)
 
     return meta_loss

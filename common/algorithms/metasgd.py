@@ -8,15 +8,15 @@ of its tensors is learned.
 
 from __future__ import annotations
 
-from torch import Tensor, full, full_like
+from torch import full, full_like
 
 from common.algorithms.descent import inner_loop, meta_descent
 from common.algorithms.interface import Algorithm, LocalUpdate, PrivateQueries
-from common.episodes import Batch, Episode
-from common.inner_loop import adapt
+from common.algorithms.maml import query_loss_after
+from common.episodes import Batch
+from common.inner_loop import adapt, rate
 from common.learner import Learner
-from common.models import HEAD
-from common.params import Params
+from common.params import Params, within
 from common.plan import AdaptationSpec, AlgorithmSpec
 
 RATE = "rate."  # prefix of a rate's name
@@ -25,25 +25,15 @@ _HEAD = ("head.weight", "head.bias")
 
 def rates_at_start(shared: Params, spec: AlgorithmSpec) -> Params:
     """The plan's own rates."""
-    head_lr = spec.inner_lr if spec.head_lr is None else spec.head_lr
-    rates = {
-        RATE + name: full_like(value, head_lr if name.startswith(HEAD) else spec.inner_lr)
-        for name, value in shared.items()
-    }
-    return {RATE + name: full((1,), head_lr) for name in _HEAD} | rates
+    known = inner_loop(spec)
+    rates = {RATE + name: full_like(value, rate(name, known)) for name, value in shared.items()}
+    return {RATE + name: full((1,), rate(name, known)) for name in _HEAD} | rates
 
 
 def local_update(shared: Params, kept: Params, private: PrivateQueries, spec: AlgorithmSpec) -> LocalUpdate:
     """`meta_steps` meta-gradient steps on parameters and rates."""
     moving = [name for name in (*shared, *kept) if not name.startswith(RATE)]
-
-    def meta_loss(learner: Learner, params: Params, episode: Episode) -> Tensor:
-        phi = adapt(
-            learner, params, episode.support, inner_loop(spec), moving=moving, rates=_rates(params), second_order=True
-        )
-        return learner.loss(learner.outputs(phi, episode.query.inputs), episode.query)
-
-    return meta_descent(shared, kept, private, spec, meta_loss)
+    return meta_descent(shared, kept, private, spec, query_loss_after(spec, moving, rates_of=_rates))
 
 
 def adapt_by_learned_rates(
@@ -54,7 +44,7 @@ def adapt_by_learned_rates(
 
 
 def _rates(params: Params) -> Params:
-    return {name.removeprefix(RATE): value for name, value in params.items() if name.startswith(RATE)}
+    return within(params, RATE)
 
 
 ALGORITHM = Algorithm(

@@ -8,12 +8,12 @@ lambda = 0 would be learning alone, a large one averaging. The hospital keeps w_
 
 from __future__ import annotations
 
-from common.algorithms.descent import step
+from common.algorithms.descent import pulled_step
 from common.algorithms.interface import Algorithm, LocalUpdate, PrivateQueries
 from common.episodes import Batch
 from common.inner_loop import adapt
 from common.learner import Learner
-from common.params import Params, add, select, subtract
+from common.params import Params, select, subtract
 from common.plan import AdaptationSpec, AlgorithmSpec
 
 PERSONAL = "personal."  # prefix of the names of what the site keeps of its own model
@@ -25,9 +25,7 @@ def local_update(shared: Params, kept: Params, private: PrivateQueries, spec: Al
     own = {name: kept.get(PERSONAL + name, value) for name, value in shared.items()}
     phi = own | head
     for _ in range(spec.inner_steps):
-        gradient = private.gradient(phi)
-        pull = subtract(select(phi, shared), shared)
-        phi = step(phi, gradient | add(select(gradient, shared), pull, scale=spec.proximal), spec)
+        phi = pulled_step(phi, private.gradient(phi), shared, spec)
     own = select(phi, shared)
     personal = {PERSONAL + name: value for name, value in own.items()}
     return LocalUpdate(update=subtract(own, shared), kept=select(phi, head) | personal)
