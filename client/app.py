@@ -12,7 +12,8 @@ from typing import Protocol
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from common.errors import BadInstruction, InternalFailure
+from client.wall import WorkerProxy
+from common.errors import BadInstruction, InternalFailure, Refusal, WorkerUnavailable
 from common.records import (
     PREPARE,
     TRAIN,
@@ -52,24 +53,21 @@ def _answer(message: Message, compute: Callable[[], SiteReply]) -> Message:
     try:
         reply = compute()
     except MalformedRecord:
-        reply = SiteReply(site="", code=BadInstruction.code, reason=BadInstruction.public_reason)
+        reply = _refusal(BadInstruction)
+    except WorkerUnavailable:
+        reply = _refusal(WorkerUnavailable)
     except Exception:
-        reply = SiteReply(site="", code=InternalFailure.code, reason=InternalFailure.public_reason)
+        reply = _refusal(InternalFailure)
     return Message(encode(reply), reply_to=message)
 
 
-_workers: dict[Path, SiteWorker] = {}  # warm ones of this process, by site folder
-
-
 def _worker_of_node(context: Context) -> SiteWorker:
-    """The worker of the site folder that this node was started with (`--node-config 'site-folder="..."'`)."""
-    from client.site import load_site_config
-    from client.worker import Worker  # torch, and the site's data: only where a message asks for them
+    """The worker behind the socket that this node was started with (`--node-config 'socket="..."'`)."""
+    return WorkerProxy(Path(str(context.node_config["socket"])))
 
-    folder = Path(str(context.node_config["site-folder"])).resolve()
-    if folder not in _workers:
-        _workers[folder] = Worker(folder, state=folder / load_site_config(folder).state)
-    return _workers[folder]
+
+def _refusal(kind: type[Refusal]) -> SiteReply:
+    return SiteReply(site="", code=kind.code, reason=kind.public_reason)
 
 
 app = build_client_app(_worker_of_node)

@@ -1,25 +1,80 @@
-"""Which plans this site approved. The worker runs its own copy of an approved plan, never the one it was sent."""
+"""Which plans this site approved. The worker runs its own copy of an approved plan, never the one it was sent.
+
+STATE/pending/DIGEST.json    signed plans that were sent and wait for a person
+STATE/approved/DIGEST.json   what a person approved: the signed plan, who, when
+"""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
-from common.errors import NotApproved
+from common.errors import NotApproved, UntrustedDocument
 from common.files import write_atomically
+from common.keys import STUDY, SignedDocument
 from common.plan import StudyPlan, plan_from_json
 
-_FOLDER = "approved"
+_PENDING, _APPROVED = "pending", "approved"
+_MOST_PENDING = 50  # a lab that sends more is not heard until somebody looked
 
 
-def approve(state: Path, plan: StudyPlan, *, by: str) -> None:
-    """Record that `by` approved `plan` at this site; approving it again changes nothing."""
-    file = _file(state, plan.digest)
-    if file.exists():
+def signed_plan(document: SignedDocument, *, lab_key: str) -> StudyPlan:
+    """The plan in `document`, signed by the lab. Raises UntrustedDocument."""
+    body = document.verified(STUDY, signer=lab_key)
+    try:
+        return plan_from_json(body)
+    except (ValueError, RecursionError):
+        raise UntrustedDocument("what the lab signed is no plan that this version can read") from None
+
+
+def submit(state: Path, plan: StudyPlan, document: SignedDocument) -> None:
+    """Keep a verified plan until a person decides; one that was decided, or is there, stays as it is."""
+    if _file(state, _APPROVED, plan.digest).exists() or _file(state, _PENDING, plan.digest).exists():
         return
-    record = {"plan": plan.to_json(), "approved_by": by, "time": time.time()}
-    write_atomically(file, json.dumps(record, indent=1).encode())
+    if len(list((state / _PENDING).glob("*.json"))) >= _MOST_PENDING:
+        return
+    write_atomically(_file(state, _PENDING, plan.digest), document.to_json().encode())
+
+
+def pending(state: Path) -> Mapping[str, SignedDocument]:
+    """The signed plans that wait, by digest; a file that is none is left out."""
+    found = {}
+    for file in sorted((state / _PENDING).glob("*.json")):
+        try:
+            found[file.stem] = SignedDocument(**json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError):
+            continue
+    return found
+
+
+def approve(state: Path, plan: StudyPlan, *, by: str, document: SignedDocument | None = None) -> None:
+    """Record that `by` approved `plan` at this site; approving it again changes nothing.
+
+    `document` is the plan as the lab signed it; a simulation has none.
+    """
+    file = _file(state, _APPROVED, plan.digest)
+    if not file.exists():
+        signed = None if document is None else asdict(document)
+        record = {"plan": plan.to_json(), "approved_by": by, "time": time.time(), "signed": signed}
+        write_atomically(file, json.dumps(record, indent=1).encode())
+    _file(state, _PENDING, plan.digest).unlink(missing_ok=True)
+
+
+def withdraw(state: Path, digest: str) -> bool:
+    """Take an approval back: from now on the study is refused. False if there was none."""
+    file = _file(state, _APPROVED, digest)
+    if not file.exists():
+        return False
+    file.rename(file.with_suffix(f".withdrawn-{time.time_ns()}"))
+    return True
+
+
+def approved(state: Path) -> Mapping[str, Mapping[str, object]]:
+    """Every approval, by digest: plan, approved_by, time."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted((state / _APPROVED).glob("*.json"))}
 
 
 def require(state: Path, plan_digest: str) -> StudyPlan:
@@ -27,7 +82,7 @@ def require(state: Path, plan_digest: str) -> StudyPlan:
 
     Raises NotApproved if no plan of that digest was approved here, or its record was changed.
     """
-    file = _file(state, plan_digest)
+    file = _file(state, _APPROVED, plan_digest)
     try:
         plan = plan_from_json(json.loads(file.read_text())["plan"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -37,7 +92,7 @@ def require(state: Path, plan_digest: str) -> StudyPlan:
     return plan
 
 
-def _file(state: Path, digest: str) -> Path:
+def _file(state: Path, kind: str, digest: str) -> Path:
     if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
         raise NotApproved("the plan digest is no SHA-256")
-    return state / _FOLDER / f"{digest}.json"
+    return state / kind / f"{digest}.json"

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.command_line import run
+from client.cli_network import add_commands
+from common.command_line import command_group, run
 
 if TYPE_CHECKING:
     from client.data.checks import SiteReport
 
-app = typer.Typer(no_args_is_help=True, help="Consilium at a hospital: its data stays here.")
-data = typer.Typer(no_args_is_help=True, help="The hospital's images.")
+app = command_group("Consilium at a hospital: its data stays here.")
+data = command_group("The hospital's images.")
 app.add_typer(data, name="data")
+add_commands(app)
 
 
 @data.command()

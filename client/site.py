@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from common.errors import DataError, UsageError
 from common.names import Name
+from common.plan import AlgorithmName, TaskKind
 from common.validation import Strict, validate
 from common.yaml_lines import read_yaml
 
@@ -23,6 +25,7 @@ def _stays_inside(value: str) -> str:
 
 
 Orientation = Literal["fixed", "free"]  # free: no up or left, as on slides: a quarter turn or flip changes nothing
+Port = Annotated[int, Field(ge=1, le=65535)]
 InsidePath = Annotated[str, AfterValidator(_stays_inside)]
 
 
@@ -31,6 +34,41 @@ class Budget(Strict):
 
     epsilon: Annotated[float, Field(gt=0)]
     delta: Annotated[float, Field(gt=0, lt=1)]
+
+
+class Limits(Strict):
+    """What the hospital allows at all; a plan outside is refused before anybody is asked to approve it."""
+
+    epsilon_per_study: Annotated[float, Field(gt=0)] | None = None
+    min_patients: Annotated[int, Field(ge=1)] = 1  # that a plan declares for this site
+    tasks: list[TaskKind] | None = None
+    algorithms: list[AlgorithmName] | None = None
+    hours: str | None = None  # "19:00-07:00", the hospital's own clock
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # of the worker
+    memory_gb: Annotated[float, Field(gt=0)] | None = None  # of the worker
+
+    @field_validator("hours")
+    @classmethod
+    def _a_span_of_hours(cls, value: str | None) -> str | None:
+        if value is not None:
+            _opening(value)
+        return value
+
+    @property
+    def opening(self) -> tuple[datetime.time, datetime.time]:
+        """From and to; across midnight where the first is the later one."""
+        return _opening(self.hours or "00:00-23:59")
+
+
+def _opening(hours: str) -> tuple[datetime.time, datetime.time]:
+    start, _, end = hours.partition("-")
+    try:
+        span = datetime.time.fromisoformat(start.strip()), datetime.time.fromisoformat(end.strip())
+    except ValueError:
+        raise ValueError('write from and to as "19:00-07:00"') from None
+    if span[0] == span[1]:
+        raise ValueError("the hours begin when they end: leave them out to allow any time")
+    return span
 
 
 class SiteConfig(Strict):
@@ -45,6 +83,11 @@ class SiteConfig(Strict):
     device: Literal["cpu", "cuda", "auto"] = "auto"
     state: InsidePath = "state"  # folder of the ledger and the stored releases
     budget: Budget
+    limits: Limits = Limits()
+    verified_install: bool = True  # the worker starts only if its files are those of the installed wheel
+    node_user: str | None = None  # who may ask the worker, beside the worker's own user
+    health_port: Port | None = None  # loopback: grpc.health.v1
+    metrics_port: Port | None = None  # loopback: Prometheus
 
     @field_validator("label_map", mode="before")
     @classmethod

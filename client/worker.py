@@ -9,16 +9,24 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from client import approval
 from client.grant import Grant
+from client.ledger import FILE as LEDGER_FILE
+from client.ledger import Ledger
+from client.limits import require_open, require_within
+from client.membership import membership_of
 from client.site import load_site_config
 from client.study import Outcome, Study, open_study
 from common.accounting import queries_per_round
-from common.errors import BadInstruction, InternalFailure, PrivacyRequired, Refusal, SiteUnfit
-from common.plan import plan_from_json
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.errors import BadInstruction, InternalFailure, PrivacyRequired, Refusal, UntrustedDocument, UsageError
+from common.keys import STUDY, SignedDocument
+from common.params import to_arrays, to_tensors
+from common.plan import StudyPlan, plan_from_json
 from common.records import PrepareInstruction, SiteReply, TrainInstruction, software_version
 
 LOG = "site.log"
@@ -51,19 +59,34 @@ class Worker:
         return self._answer(lambda: self._train(instruction))
 
     def _prepare(self, instruction: PrepareInstruction) -> SiteReply:
-        try:
-            sent = plan_from_json(instruction.plan_json)
-        except ValueError as error:
-            raise BadInstruction(f"the plan cannot be read: {error}") from None
+        sent = self._sent_plan(instruction)
+        if sent.privacy is None and not (self._simulated or self._config.phantom):
+            raise PrivacyRequired(f"plan {sent.digest[:12]}")
+        require_within(self._config, sent)
         if self._simulated:
             approval.approve(self._state, sent, by="simulation")
         plan = approval.require(self._state, sent.digest)
-        if plan.privacy is None and not self._simulated:
-            raise PrivacyRequired(f"plan {plan.digest[:12]}")
-        if self.site not in plan.training_sites:
-            raise SiteUnfit(f"the plan has no training site {self.site!r}")
         self._studies[plan.digest] = open_study(self._folder, self._state, self._config, plan, instruction.initial)
+        if not self._simulated:  # a worker that starts again goes on by itself
+            save_checkpoint(self._start_file(plan.digest), to_tensors(instruction.initial), {})
         return SiteReply(site=self.site, code="ok", version=software_version(), plan_digest=plan.digest)
+
+    def _sent_plan(self, instruction: PrepareInstruction) -> StudyPlan:
+        """The plan that was sent; at a real site signed by the lab that it joined, and kept for a person to approve."""
+        if not self._simulated:
+            document = SignedDocument(STUDY, instruction.plan_json, instruction.signer, instruction.signature)
+            try:
+                plan = approval.signed_plan(document, lab_key=membership_of(self._folder).lab_key)
+            except UntrustedDocument as error:
+                raise BadInstruction(f"the plan is not as the lab signed it: {error}") from None
+            except UsageError as error:
+                raise BadInstruction(str(error)) from None
+            approval.submit(self._state, plan, document)
+            return plan
+        try:
+            return plan_from_json(instruction.plan_json)
+        except ValueError as error:
+            raise BadInstruction(f"the plan cannot be read: {error}") from None
 
     def _train(self, instruction: TrainInstruction) -> SiteReply:
         study = self._verified(instruction)
@@ -79,14 +102,40 @@ class Worker:
 
     def _verified(self, instruction: TrainInstruction) -> Study:
         """The prepared and approved study that fits the instruction."""
-        approval.require(self._state, instruction.plan_digest)
-        study = self._studies.get(instruction.plan_digest)
+        plan = approval.require(self._state, instruction.plan_digest)
+        require_open(self._config.limits)
+        study = self._studies.get(plan.digest) or self._reopened(plan)
         if study is None or study.initial_digest != instruction.initial_digest:
             raise BadInstruction("this study was not prepared, or from other parameters")
         if not 1 <= instruction.round <= study.plan.rounds:
             raise BadInstruction(f"round {instruction.round} of {study.plan.rounds}")
         study.require_fit(instruction.shared)
         return study
+
+    def _reopened(self, plan: StudyPlan) -> Study | None:
+        """A study that this site prepared before its worker started again."""
+        if not self._start_file(plan.digest).exists():
+            return None
+        initial = to_arrays(load_checkpoint(self._start_file(plan.digest)).tensors)
+        self._studies[plan.digest] = open_study(self._folder, self._state, self._config, plan, initial)
+        return self._studies[plan.digest]
+
+    def _start_file(self, plan_digest: str) -> Path:
+        return self._state / "releases" / plan_digest / "start.safetensors"
+
+    def status(self) -> Mapping[str, Any]:
+        """What stands at the site: studies and budget, no word of its data."""
+        ledger = Ledger.existing(self._state) if (self._state / LEDGER_FILE).exists() else None
+        return {
+            "site": self.site,
+            "version": software_version(),
+            "prepared": sorted(self._studies),
+            "approved": sorted(approval.approved(self._state)),
+            "pending": sorted(approval.pending(self._state)),
+            "epsilon_spent": ledger.spent() if ledger else 0.0,
+            "epsilon_budget": self._config.budget.epsilon,
+            "rounds_charged": len(ledger.charges()) if ledger else 0,
+        }
 
     def _reply(self, study: Study, round: int, outcome: Outcome, grant: Grant, *, seconds: float) -> SiteReply:
         rows, head = study.ledger.head() if study.ledger else (0, "")

@@ -15,6 +15,11 @@ from common.errors import ConsiliumError
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def command_group(help: str) -> typer.Typer:
+    """Commands under one name. A traceback shows no variables: they may hold what no terminal or log should."""
+    return typer.Typer(help=help, no_args_is_help=True, pretty_exceptions_show_locals=False)
+
+
 def run(app: typer.Typer) -> NoReturn:
     """Run `app` on this process's arguments and exit; an error raised on purpose is told without a traceback."""
     try:

@@ -3,11 +3,14 @@
 ConsiliumError                 exit code 1
 ├── UsageError                 exit code 2: a file or an argument that the user can mend
 │   ├── PlanError              the study plan
-│   └── DataError              site.yaml, manifest, images, npz
+│   ├── DataError              site.yaml, manifest, images, npz
+│   └── UntrustedDocument      a signed file is not what it says, or not from whom
 ├── Refusal                    a site says no; its code and data-free reason reach the lab
 │   ├── NotApproved            the plan is not one that this site approved
 │   ├── PrivacyRequired        a plan without privacy, at a real site
+│   ├── OutsideLimits          the plan, or the hour, is outside the hospital's own limits
 │   ├── SiteUnfit              the site's data does not fit the plan
+│   ├── WorkerUnavailable      the site's worker does not answer its node
 │   ├── BudgetExceeded         the ledger's budget would be overspent
 │   ├── RoundSpent             the round was charged, and its release was lost
 │   ├── LedgerDamaged          the ledger is missing, torn or was changed
@@ -64,6 +67,10 @@ class DataError(UsageError):
     """A site's files are not what the plan or the manifest says."""
 
 
+class UntrustedDocument(UsageError):
+    """A signed document is not what it says, or is not from whom it should be."""
+
+
 class Refusal(ConsiliumError):
     """A site declines. Only `code` and `public_reason` ever leave the site.
 
@@ -86,6 +93,25 @@ class NotApproved(Refusal):
 class PrivacyRequired(Refusal):
     code = "privacy-required"
     public_reason = "a plan without privacy runs in simulation only"
+
+
+class OutsideLimits(Refusal):
+    """Its reason speaks of the plan and the hospital's limits, never of its data: so all of it reaches the lab."""
+
+    code = "outside-limits"
+    public_reason = "the plan is outside the hospital's limits"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.public_reason = reason
+
+    def __str__(self) -> str:
+        return self.public_reason
+
+
+class WorkerUnavailable(Refusal):
+    code = "worker-unavailable"
+    public_reason = "the site's worker does not answer its node"
 
 
 class SiteUnfit(Refusal):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -32,9 +33,11 @@ def software_version() -> str:
 
 @dataclass(frozen=True)
 class PrepareInstruction:
-    """Lab to site, once per run: the plan, and the parameters from which the run starts."""
+    """Lab to site, once per run: the plan as the lab signed it, and the parameters from which the run starts."""
 
     plan_json: str
+    signer: str  # the lab's public key, hex; empty in simulation
+    signature: str
     initial: Arrays  # the whole body and, if shared, the head
 
 
@@ -79,10 +82,33 @@ class MalformedRecord(ValueError):
     """A RecordDict is not of the expected form; the text names the field, never a value."""
 
 
+def fields_and_arrays(record: Record) -> tuple[dict[str, Any], Arrays]:
+    """A record's plain fields, and its arrays."""
+    fields = dict(record.__dict__)
+    return fields, fields.pop(_ARRAYS_FIELD[type(record)])
+
+
+def record_of(fields: Mapping[str, Any], arrays: Arrays, kind: type[R]) -> R:
+    """The record of type `kind` with these fields.
+
+    Raises MalformedRecord if a field is missing, unknown, of another type, or an array is not float32.
+    """
+    expected = {k: v for k, v in kind.__dataclass_fields__.items() if k != _ARRAYS_FIELD[kind]}
+    if fields.keys() != expected.keys():
+        raise MalformedRecord(f"fields differ: {sorted(fields.keys() ^ expected.keys())}")
+    for name, spec in expected.items():
+        wanted = {"str": str, "int": int, "float": float}[str(spec.type)]
+        if type(fields[name]) is not wanted:
+            raise MalformedRecord(f"field {name} is no {spec.type}")
+    if any(value.dtype != np.float32 for value in arrays.values()):
+        raise MalformedRecord("an array is not float32")
+    values: dict[str, Any] = {**fields, _ARRAYS_FIELD[kind]: arrays}
+    return kind(**values)
+
+
 def encode(record: Record) -> RecordDict:
     """A record as a RecordDict: one ArrayRecord, one ConfigRecord."""
-    fields = dict(record.__dict__)
-    arrays = fields.pop(_ARRAYS_FIELD[type(record)])
+    fields, arrays = fields_and_arrays(record)
     return RecordDict(
         {
             _ARRAYS: ArrayRecord({name: Array(value) for name, value in arrays.items()}),
@@ -101,13 +127,6 @@ def decode(content: RecordDict, kind: type[R]) -> R:
         array_record = content.array_records[_ARRAYS]
     except KeyError:
         raise MalformedRecord("a part is missing") from None
-    expected = {k: v for k, v in kind.__dataclass_fields__.items() if k != _ARRAYS_FIELD[kind]}
-    if fields.keys() != expected.keys():
-        raise MalformedRecord(f"fields differ: {sorted(fields.keys() ^ expected.keys())}")
-    for name, spec in expected.items():
-        wanted = {"str": str, "int": int, "float": float}[str(spec.type)]
-        if type(fields[name]) is not wanted:
-            raise MalformedRecord(f"field {name} is no {spec.type}")
     arrays: Arrays = {}
     for name, array in array_record.items():
         if array.dtype != "float32":
@@ -116,8 +135,7 @@ def decode(content: RecordDict, kind: type[R]) -> R:
             arrays[name] = array.numpy()
         except Exception:
             raise MalformedRecord("an array cannot be read") from None
-    values: dict[str, Any] = {**fields, _ARRAYS_FIELD[kind]: arrays}
-    return kind(**values)
+    return record_of(fields, arrays, kind)
 
 
 _ARRAYS_FIELD: dict[type, str] = {PrepareInstruction: "initial", TrainInstruction: "shared", SiteReply: "update"}

@@ -1,4 +1,4 @@
-"""The Flower ServerApp. Simulation builds one with its own settings; a deployed one reads them from the run config."""
+"""The Flower ServerApp. Simulation builds one with its own settings; a deployed one finds them in its run folder."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.errors import Problem, UsageError
-from common.plan import load_plan
+from common.checkpoint import load_checkpoint
+from common.errors import ConsiliumError, Problem, UsageError
+from common.keys import STUDY, read_signed
+from common.plan import plan_from_json
 from server.observer import Observer, Unobserved
-from server.start import initial_parameters
+from server.orders import SIGNED, START, order_of, write_outcome
 from server.strategy import ConsiliumStrategy, RunSettings
 
 
@@ -30,19 +32,30 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the study that the run config names; go on where its folder stands."""
-    ConsiliumStrategy(_settings(context), Unobserved()).start(grid)
+    """Run the study that was ordered in the run config's folder; go on where it stands, and leave word of the end."""
+    folder = Path(str(context.run_config.get("run-folder", "")))
+    if not folder.is_absolute():
+        raise UsageError(Problem("run config", "'run-folder' is missing", 'give run-folder="/..."'))
+    try:
+        ConsiliumStrategy(_settings(folder), Unobserved()).start(grid)
+    except ConsiliumError as error:
+        write_outcome(folder, str(error))
+        raise
+    write_outcome(folder)
 
 
-def _settings(context: Context) -> RunSettings:
-    """From `plan` (a file) and `run-folder`. Raises UsageError."""
-    values = {key: str(context.run_config.get(key, "")) for key in ("plan", "run-folder")}
-    missing = [
-        Problem("run config", f"{key!r} is missing", f'give {key}="..."') for key, value in values.items() if not value
-    ]
-    if missing:
-        raise UsageError(missing)
-    path = Path(values["plan"])
-    plan = load_plan(path)
-    initial = initial_parameters(plan, path.parent)
-    return RunSettings(plan=plan, folder=Path(values["run-folder"]), initial=initial, resume=True)
+def _settings(folder: Path) -> RunSettings:
+    """What the ServerApp runs. Raises UsageError, UntrustedDocument or CheckpointError."""
+    order = order_of(folder)
+    if order is None:
+        raise UsageError(Problem(str(folder), "holds no ordered study", "`consilium-lab run` makes one"))
+    signed = read_signed(folder / SIGNED)
+    return RunSettings(
+        plan=plan_from_json(signed.verified(STUDY)),
+        folder=folder,
+        initial=load_checkpoint(folder / START).tensors,
+        resume=True,
+        nodes=0,
+        wait_s=order.wait_s,
+        signed=signed,
+    )

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.command_line import run
+from common.command_line import command_group, run
+from server.cli_network import add_commands
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from server.study import SiteCost, StudyCheck
 
-app = typer.Typer(no_args_is_help=True, help="Consilium at the coordinating lab.")
-study = typer.Typer(no_args_is_help=True, help="Study plans.")
-sites = typer.Typer(no_args_is_help=True, help="Sites' data for simulations.")
+app = command_group("Consilium at the coordinating lab.")
+study = command_group("Study plans.")
+sites = command_group("Sites' data for simulations.")
 app.add_typer(study, name="study")
 app.add_typer(sites, name="sites")
+add_commands(app, study)
 
 
 class Cut(StrEnum):
@@ -228,3 +230,7 @@ def simulate(
 def main() -> None:
     """Entry point of `consilium-lab`."""
     run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -51,6 +51,17 @@ class RoundRecord:
     sites: tuple[SiteOutcome, ...]
 
 
+def checkpoint_path(folder: Path, round: int) -> Path:
+    """The file that commits `round`."""
+    return folder / f"round-{round:04d}.safetensors"
+
+
+def last_round(folder: Path) -> int | None:
+    """The last committed round; None before the start is committed."""
+    numbers = [int(path.stem.removeprefix("round-")) for path in folder.glob("round-[0-9]*.safetensors")]
+    return max(numbers, default=None)
+
+
 def append_record(folder: Path, record: RoundRecord) -> None:
     """Append a line to `folder`/history.jsonl; on disk when this returns.
 

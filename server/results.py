@@ -15,9 +15,9 @@ import numpy as np
 from common.algorithms import ALGORITHMS
 from common.metrics import lead_metric, metrics_of
 from common.plan import StudyPlan, TaskKind
+from common.plan_in_words import algorithm_title, arm_titles
 from common.trials import CEILING, RANDOM, Estimate, Kind, Trial, shots_unit
 from server.history import RoundRecord
-from server.plan_in_words import algorithm_title, arm_titles
 from server.summary import WITHOUT_PRIVACY, Row, summarise
 
 META = "meta"  # arm: what the study's own algorithm learned

@@ -1,88 +1,157 @@
-"""Before the first round: which node is which site, and which sites are ready."""
+"""Which node is which site, and who is ready: asked before the first round, and of whoever comes later."""
 
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common.errors import RunError
-from common.params import Params, to_arrays
 from common.plan import StudyPlan
 from common.records import PREPARE, PrepareInstruction, SiteReply
-from server.exchange import address, collect, send
+from server.exchange import address, send
 from server.history import SiteOutcome
 from server.replies import Ledger, claimed_site, judge, ledger_objection
 
 _AT_LEAST_S = 120.0  # to load images, and to start Ray
-_BETWEEN_LOOKS_S = 0.05
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 1.0  # between two looks
+_ASK_AGAIN_S = 15.0  # a site that was not ready
 
 
-@dataclass(frozen=True)
-class Roll:
-    """Who takes part."""
+class RollCall:
+    """Sends the plan and the starting parameters to nodes, and keeps what they answered.
 
-    ready: dict[int, str]  # node id -> site, in the plan's order
-    unused: tuple[SiteOutcome, ...]  # every other training site, and nodes that are no site of the plan
+    A node that is no training site, a second one of a site that is ready, or one that claims to be another site than
+    the lab enrolled it as, is not used.
+    """
+
+    def __init__(self, plan: StudyPlan, instruction: PrepareInstruction, ledgers: dict[str, Ledger]) -> None:
+        self._plan, self._instruction, self._ledgers = plan, instruction, ledgers
+        self._ready: dict[int, str] = {}
+        self._unused: dict[int, SiteOutcome] = {}  # the last word of every other node
+        self._asked: dict[str, tuple[int, float]] = {}  # message id -> node, when; not answered yet
+        self._last_asked: dict[int, float] = {}  # by node
+        self._timeout_s = max(plan.round_timeout_s, _AT_LEAST_S)
+
+    @property
+    def ready(self) -> dict[int, str]:
+        """node id -> site, in the plan's order."""
+        return dict(sorted(self._ready.items(), key=lambda item: self._plan.training_sites.index(item[1])))
 
     @property
     def outcomes(self) -> tuple[SiteOutcome, ...]:
-        return (*(SiteOutcome(site=site, status="ok", code="ok") for site in self.ready.values()), *self.unused)
+        """Of every training site and of every other node."""
+        return (*(SiteOutcome(site=site, status="ok", code="ok") for site in self.ready.values()), *self._others())
 
     @property
     def absent(self) -> tuple[SiteOutcome, ...]:
-        """The unused sites as every round records them."""
-        return tuple(replace(outcome, status="absent", seconds=0.0) for outcome in self.unused)
+        """Those that are not ready, as a round records them."""
+        return tuple(replace(outcome, status="absent", seconds=0.0) for outcome in self._others())
 
+    def gather(self, grid: Grid, *, nodes: int, wait_s: float, stop: threading.Event) -> None:
+        """Ask until all training sites are ready, or everyone of `nodes` nodes answered and `wait_s` is over.
 
-def call_roll(
-    grid: Grid, plan: StudyPlan, initial: Params, ledgers: dict[str, Ledger], *, nodes: int, stop: threading.Event
-) -> Roll:
-    """Send the plan and the starting parameters to every node, and see who answers as what.
+        Raises RunError when `stop` is set.
+        """
+        began, pause_s = time.monotonic(), _SHORTEST_PAUSE_S
+        while True:
+            waited, before = time.monotonic() - began, (len(self._ready), len(self._asked))
+            self.ask(grid, again=waited < wait_s)
+            self.listen(grid)
+            if len(self._ready) == len(self._plan.training_sites):
+                return
+            everyone = len(self._known()) >= nodes or waited > self._timeout_s
+            if waited > wait_s and everyone and not self._asked:
+                return
+            pause_s = _SHORTEST_PAUSE_S if before != (len(self._ready), len(self._asked)) else 1.5 * pause_s
+            if stop.wait(min(pause_s, _LONGEST_PAUSE_S)):
+                raise RunError("the run was stopped")
 
-    Waits for `nodes` nodes first. `ledgers` is how each site last showed its ledger. A node that is no training site,
-    or a second one of the same site, is not used. Raises RunError when `stop` is set.
-    """
-    timeout_s = max(plan.round_timeout_s, _AT_LEAST_S)
-    found = _await_nodes(grid, nodes, timeout_s=timeout_s, stop=stop)
-    instruction = PrepareInstruction(plan_json=plan.to_json(), initial=to_arrays(initial))
-    began = time.monotonic()
-    sent = send(grid, address(instruction, PREPARE, found, timeout_s=timeout_s))
-    ready: dict[int, str] = {}
-    unused = {node: _silent(node, waited_s=timeout_s) for node in found}
-    for message in collect(grid, sent, timeout_s=timeout_s, stop=stop):
-        node = sent[message.metadata.reply_to_message_id]
+    def ask(self, grid: Grid, *, again: bool) -> None:
+        """Send the plan to nodes that were never asked; with `again` also to those that were not ready a while ago."""
+        now = time.monotonic()
+        busy = {node for node, _ in self._asked.values()} | self._ready.keys()
+        just_asked = {n for n, asked_at in self._last_asked.items() if not again or now - asked_at < _ASK_AGAIN_S}
+        nodes = [node for node in sorted(grid.get_node_ids()) if node not in busy | just_asked]
+        if not nodes:
+            return
+        sent = send(grid, address(self._instruction, PREPARE, nodes, timeout_s=self._timeout_s))
+        self._last_asked |= dict.fromkeys(nodes, now)
+        for node in nodes:
+            self._unused.setdefault(node, _silent(node, waited_s=self._timeout_s))
+        self._asked |= {message_id: (node, now) for message_id, node in sent.items()}
+
+    def listen(self, grid: Grid) -> None:
+        """Take the answers that have come; a node that was silent for too long may be asked again."""
+        if not self._asked:
+            return
+        answers = list(grid.pull_messages(set(self._asked)))
+        names = _enrolled_names(grid) if answers else {}
+        for message in answers:
+            node, asked_at = self._asked.pop(message.metadata.reply_to_message_id)
+            self._take(message, node, seconds=time.monotonic() - asked_at, enrolled_as=names.get(node, ""))
+        late = [id_ for id_, (_, asked_at) in self._asked.items() if time.monotonic() - asked_at > self._timeout_s]
+        for message_id in late:
+            node, _ = self._asked.pop(message_id)
+            self._unused[node] = _silent(node, waited_s=self._timeout_s)
+
+    def _known(self) -> set[int]:
+        return self._ready.keys() | self._unused.keys()
+
+    def _take(self, message: Message, node: int, *, seconds: float, enrolled_as: str) -> None:
         site = claimed_site(message)
+        known = enrolled_as or site
         outcome, reply = judge(
             message,
-            site=site if site in plan.training_sites else _node_name(node, site),
-            seconds=time.monotonic() - began,
-            objection=partial(_objection, plan=plan, taken=tuple(ready.values()), ledger=ledgers.get(site)),
+            site=known if known in self._plan.training_sites else _node_name(node, known),
+            seconds=seconds,
+            objection=partial(
+                _objection,
+                plan=self._plan,
+                taken=tuple(self._ready.values()),
+                ledger=self._ledgers.get(site),
+                enrolled_as=enrolled_as,
+            ),
         )
+        self._unused.pop(node, None)
         if reply is None:
-            unused[node] = outcome
+            self._unused[node] = outcome
         else:
-            ready[node] = site
-            del unused[node]
-    in_plan_order = dict(sorted(ready.items(), key=lambda item: plan.training_sites.index(item[1])))
-    return Roll(in_plan_order, _unused(plan, ready, unused))
+            self._ready[node] = site
+
+    def _others(self) -> tuple[SiteOutcome, ...]:
+        """The outcomes of unused nodes and of sites that no node answered for; no training site comes twice."""
+        taken = set(self._ready.values())
+        outcomes = []
+        for node, outcome in self._unused.items():
+            known = outcome.site in taken
+            taken.add(outcome.site)
+            outcomes.append(replace(outcome, site=_node_name(node, outcome.site)) if known else outcome)
+        missing = [site for site in self._plan.training_sites if site not in taken]
+        return (*outcomes, *(_missing(site) for site in missing))
 
 
-def _await_nodes(grid: Grid, nodes: int, *, timeout_s: float, stop: threading.Event) -> list[int]:
-    """The nodes that are there: when there are enough, or the time is up."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        found = sorted(grid.get_node_ids())
-        if len(found) >= nodes or time.monotonic() > deadline:
-            return found
-        if stop.wait(_BETWEEN_LOOKS_S):
-            raise RunError("the run was stopped")
+def online(grid: Grid, nodes: Iterable[int]) -> set[int]:
+    """Those of `nodes` that are connected now."""
+    return set(nodes) & set(grid.get_node_ids())
 
 
-def _objection(reply: SiteReply, *, plan: StudyPlan, taken: tuple[str, ...], ledger: Ledger | None) -> str | None:
+def _enrolled_names(grid: Grid) -> dict[int, str]:
+    """The names under which the lab let nodes in; a grid on one machine knows none."""
+    listed = getattr(grid, "get_nodes", None)
+    return {node.node_id: node.name for node in listed()} if listed is not None else {}
+
+
+def _objection(
+    reply: SiteReply, *, plan: StudyPlan, taken: tuple[str, ...], ledger: Ledger | None, enrolled_as: str
+) -> str | None:
+    if enrolled_as and reply.site != enrolled_as:
+        return f"it claims to be {reply.site!r}, and is enrolled as {enrolled_as!r}"
     if reply.site not in plan.training_sites:
         return "it is no training site of this plan"
     if reply.site in taken:
@@ -90,18 +159,6 @@ def _objection(reply: SiteReply, *, plan: StudyPlan, taken: tuple[str, ...], led
     if reply.plan_digest != plan.digest:
         return "the reply belongs to another plan"
     return ledger_objection(reply, ledger) if reply.ledger_head else None  # a site may show its ledger only later
-
-
-def _unused(plan: StudyPlan, ready: dict[int, str], unused: dict[int, SiteOutcome]) -> tuple[SiteOutcome, ...]:
-    """The outcomes of unused nodes and of sites that no node answered for; no training site comes twice."""
-    taken = set(ready.values())
-    outcomes = []
-    for node, outcome in unused.items():
-        known = outcome.site in taken
-        taken.add(outcome.site)
-        outcomes.append(replace(outcome, site=_node_name(node, outcome.site)) if known else outcome)
-    missing = [site for site in plan.training_sites if site not in taken]
-    return (*outcomes, *(_missing(site) for site in missing))
 
 
 def _silent(node: int, *, waited_s: float) -> SiteOutcome:

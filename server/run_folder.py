@@ -22,7 +22,7 @@ from common.errors import CheckpointError, Problem, RunError, UsageError
 from common.files import write_atomically
 from common.params import Params, digest, select, to_arrays
 from common.plan import StudyPlan, plan_from_json
-from server.history import RoundRecord, append_record, read_history, resume_history
+from server.history import RoundRecord, append_record, checkpoint_path, last_round, read_history, resume_history
 from server.outer_optimizer import initial_state
 
 _LOCK, _PLAN, _INITIAL = "lock", "plan.json", "initial.safetensors"
@@ -67,7 +67,7 @@ def open_run(folder: Path, plan: StudyPlan, *, initial: Params, shared: tuple[st
         leftover.unlink()
     _claim(folder, plan, initial)
     start = select(initial, shared)
-    done = _last_round(folder)
+    done = last_round(folder)
     if done is None:
         return RunState(start, initial_state(start, plan.outer), resume_history(folder, last_round=None))
     if not resume:
@@ -92,11 +92,6 @@ def origin_of(plan: StudyPlan, initial_digest: str) -> dict[str, str]:
     return {_PLAN_DIGEST: plan.digest, _INITIAL_DIGEST: initial_digest}
 
 
-def checkpoint_path(folder: Path, round: int) -> Path:
-    """The file that commits `round`."""
-    return folder / f"round-{round:04d}.safetensors"
-
-
 def run_plan(folder: Path) -> StudyPlan:
     """The plan of the run in `folder`. Raises UsageError if there is none."""
     try:
@@ -107,7 +102,7 @@ def run_plan(folder: Path) -> StudyPlan:
 
 def run_history(folder: Path) -> tuple[RoundRecord, ...]:
     """The records of every committed round, the start first; empty before it. Safe beside a running run."""
-    done = _last_round(folder)
+    done = last_round(folder)
     return () if done is None else read_history(folder, last_round=done)
 
 
@@ -117,7 +112,7 @@ def final_parameters(folder: Path, *, round: int | None = None) -> Params:
     Raises CheckpointError if the run or the round is not there.
     """
     initial = load_checkpoint(folder / _INITIAL).tensors
-    done = _last_round(folder) if round is None else round
+    done = last_round(folder) if round is None else round
     if done is None:
         raise CheckpointError(str(Problem(str(folder), "no round is committed here", "run the study first")))
     tensors = load_checkpoint(checkpoint_path(folder, done)).tensors
@@ -146,11 +141,6 @@ def _claim(folder: Path, plan: StudyPlan, initial: Params) -> None:
         return
     write_atomically(folder / _PLAN, plan.to_json().encode())
     save_checkpoint(path, initial, origin)
-
-
-def _last_round(folder: Path) -> int | None:
-    numbers = [int(path.stem.removeprefix("round-")) for path in folder.glob("round-[0-9]*.safetensors")]
-    return max(numbers, default=None)
 
 
 def _load_round(folder: Path, round: int, template: dict[str, tuple[int, ...]], origin: dict[str, str]) -> Params:

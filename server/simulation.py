@@ -167,7 +167,10 @@ class SimulatedSite:
         if self.state not in _workers:
             prepared = self.prepare(
                 PrepareInstruction(
-                    plan_json=run_plan(self.run).to_json(), initial=to_arrays(starting_parameters(self.run))
+                    plan_json=run_plan(self.run).to_json(),
+                    signer="",
+                    signature="",
+                    initial=to_arrays(starting_parameters(self.run)),
                 )
             )
             if not prepared.ok:

@@ -23,16 +23,17 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from common.checkpoint import shapes
 from common.errors import RunError
+from common.keys import SignedDocument
 from common.params import Arrays, Params, digest, norm, select, to_arrays, to_tensors
 from common.plan import StudyPlan
-from common.records import TRAIN, SiteReply, TrainInstruction
+from common.records import TRAIN, PrepareInstruction, SiteReply, TrainInstruction
 from server.aggregation import RunningMean, Template, reason_to_reject, site_weights, weight_of
 from server.exchange import address, collect, send
 from server.history import RoundRecord, SiteOutcome
 from server.observer import Observer
 from server.outer_optimizer import outer_step
 from server.replies import Ledger, judge, ledger_objection
-from server.roll_call import Roll, call_roll
+from server.roll_call import RollCall, online
 from server.run_folder import RunState, commit, locked, open_run, origin_of
 from server.start import round_names, travelling
 
@@ -48,6 +49,8 @@ class RunSettings:
     initial: Params  # a whole network of the plan; a site's own head in it is left aside
     resume: bool = False
     nodes: int | None = None  # how many to wait for before the start; None: one for each training site
+    wait_s: float = 0.0  # how long to wait for sites that are not ready before the start
+    signed: SignedDocument | None = None  # the plan as the lab signed it; a simulation has none
     stop: threading.Event = field(default_factory=threading.Event)  # set from another thread, it ends the run
 
 
@@ -62,10 +65,12 @@ class ConsiliumStrategy(Strategy):
         self._origin = origin_of(plan, self._initial_digest)
         self._template = shapes(select(self._initial, round_names(plan)))
         self._weights = site_weights(plan, plan.training_sites)
-        self._roll = Roll({}, ())
+        self._ready: dict[int, str] = {}  # node id -> site, of the round that runs
         self._asked: dict[str, int] = {}  # message id -> node id, of the round that runs
         self._outcomes: dict[str, SiteOutcome] = {}  # by site, of the round that runs
+        self._absent: tuple[SiteOutcome, ...] = ()  # who was not ready when the round began
         self._ledgers: dict[str, Ledger] = {}  # as each site last showed it
+        self._roll = RollCall(plan, _instruction(settings, self._initial), self._ledgers)
         self._shared: Params = {}  # where the round that runs started
         self._outer: Params = {}  # the outer optimiser's state
 
@@ -85,7 +90,8 @@ class ConsiliumStrategy(Strategy):
         arrays = _to_record(run.shared)
         if run.round == self._plan.rounds:
             return arrays
-        self._outer, self._ledgers = run.outer, _ledgers_in(run.records)
+        self._outer = run.outer
+        self._ledgers.update(_ledgers_in(run.records))
         began = time.monotonic()
         self._call_roll(grid)
         if run.round < 0:
@@ -100,7 +106,7 @@ class ConsiliumStrategy(Strategy):
 
     def _call_roll(self, grid: Grid) -> None:
         nodes = len(self._plan.training_sites) if self._settings.nodes is None else self._settings.nodes
-        self._roll = call_roll(grid, self._plan, self._initial, self._ledgers, nodes=nodes, stop=self._settings.stop)
+        self._roll.gather(grid, nodes=nodes, wait_s=self._settings.wait_s, stop=self._settings.stop)
         self._observer.sites_prepared(self._roll.outcomes)
         if len(self._roll.ready) < self._plan.quorum:
             raise _too_few("the start", self._plan, self._roll.outcomes)
@@ -108,12 +114,14 @@ class ConsiliumStrategy(Strategy):
     def _round(self, grid: Grid, number: int, arrays: ArrayRecord) -> tuple[ArrayRecord, RoundRecord]:
         """One round, committed: the shared parameters after it, and its record."""
         began = time.monotonic()
+        self._roll.listen(grid)  # who came after the start joins here
+        self._roll.ask(grid, again=self._settings.wait_s > 0)
         messages = self.configure_train(number, arrays, ConfigRecord(), grid)
-        self._observer.round_started(number, tuple(self._roll.ready.values()))
+        self._observer.round_started(number, tuple(self._ready.values()))
         self._asked = send(grid, messages)
         replies = collect(grid, self._asked, timeout_s=self._plan.round_timeout_s, stop=self._settings.stop)
         after, metrics = self.aggregate_train(number, replies)
-        sites = (*(self._outcomes[site] for site in self._roll.ready.values()), *self._roll.absent)
+        sites = (*(self._outcomes[site] for site in self._ready.values()), *self._absent)
         update_norm = None if after is None else cast(float, metrics["update_norm"])
         record = _record(number, began, sites, update_norm=update_norm)
         arrays = arrays if after is None else after
@@ -131,14 +139,16 @@ class ConsiliumStrategy(Strategy):
             shared=_to_arrays(arrays),
         )
         self._shared = to_tensors(instruction.shared)
-        return address(instruction, TRAIN, self._roll.ready, timeout_s=self._plan.round_timeout_s)
+        self._ready, self._absent = self._roll.ready, self._roll.absent
+        connected = online(grid, self._ready)
+        return address(instruction, TRAIN, connected, timeout_s=self._plan.round_timeout_s)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord]:
         """Judge each reply as it comes, then move the shared parameters; None below quorum, and they stay."""
         mean, began = RunningMean(self._template), time.monotonic()
         self._outcomes = {}
         for message in replies:
-            site = self._roll.ready[self._asked[message.metadata.reply_to_message_id]]
+            site = self._ready[self._asked[message.metadata.reply_to_message_id]]
             check = partial(_objection, site, server_round, self._plan, self._template, self._ledgers.get(site))
             outcome, reply = judge(message, site=site, seconds=time.monotonic() - began, objection=check)
             if reply is not None:
@@ -168,11 +178,11 @@ class ConsiliumStrategy(Strategy):
         self._observer.site_answered(number, outcome)
 
     def _settle_silent(self, number: int, *, waited_s: float) -> None:
-        for node, site in self._roll.ready.items():
+        for node, site in self._ready.items():
             if site in self._outcomes:
                 continue
             status: Literal["late", "absent"] = "late" if node in self._asked.values() else "absent"
-            reason = "no answer in time" if status == "late" else "the instruction could not be sent"
+            reason = "no answer in time" if status == "late" else "its node is not connected"
             self._settle(number, SiteOutcome(site=site, status=status, code=status, reason=reason, seconds=waited_s))
 
     def _step(self, update: Params) -> tuple[ArrayRecord, MetricRecord]:
@@ -183,6 +193,16 @@ class ConsiliumStrategy(Strategy):
         shared = to_tensors(_to_arrays(arrays))
         commit(self._settings.folder, record, shared | self._outer, self._origin)
         self._observer.round_committed(record)
+
+
+def _instruction(settings: RunSettings, initial: Params) -> PrepareInstruction:
+    plan, signed = settings.plan, settings.signed
+    return PrepareInstruction(
+        plan_json=plan.to_json() if signed is None else signed.body,
+        signer="" if signed is None else signed.signer,
+        signature="" if signed is None else signed.signature,
+        initial=to_arrays(initial),
+    )
 
 
 def _objection(

@@ -14,9 +14,9 @@ from common.errors import PlanError, Problem
 from common.models import parameters, part_names
 from common.params import select
 from common.plan import StudyPlan, load_plan
+from common.plan_in_words import plan_in_words
 from common.starting_point import network_of, travelling
 from common.yaml_lines import YamlDocument, read_yaml
-from server.plan_in_words import plan_in_words
 
 _EMPTY_PROMISE = 10.0  # epsilon
 

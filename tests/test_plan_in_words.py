@@ -16,8 +16,8 @@ from common.metrics import score_name
 from common.models import head_names, parameters
 from common.params import Params, select, zeros_like
 from common.plan import StudyPlan, TaskKind
+from common.plan_in_words import arm_titles, plan_in_words
 from common.starting_point import network_of, starting, travelling
-from server.plan_in_words import arm_titles, plan_in_words
 
 NETWORKS = {"segmentation": {"name": "unet"}, "anomaly": {"name": "autoencoder", "head": "shared"}}
 

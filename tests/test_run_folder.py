@@ -9,7 +9,8 @@ import pytest
 from common.checkpoint import save_checkpoint
 from common.errors import CheckpointError, UsageError
 from server import run_folder
-from server.run_folder import checkpoint_path, final_parameters, run_history, run_plan
+from server.history import checkpoint_path
+from server.run_folder import final_parameters, run_history, run_plan
 from server.simulation import drive
 from tests.fake_federation import FakeSites, fake_federation
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -17,8 +18,11 @@ import client.worker
 from client import approval
 from client.app import build_client_app
 from client.ledger import FILE
+from client.membership import MEMBERSHIP_FILE
 from client.worker import Worker
 from common.algorithms import ALGORITHMS
+from common.enrolment import Membership, grant_membership
+from common.keys import STUDY, public_hex, sign
 from common.params import Arrays, digest, to_arrays
 from common.plan import StudyPlan
 from common.plan_rules import EPISODIC
@@ -33,8 +37,24 @@ def start(plan: StudyPlan) -> tuple[Arrays, Arrays]:
     return to_arrays(starting(plan, network)), to_arrays(travelling(plan, network))
 
 
+LAB = Ed25519PrivateKey.generate()
+
+
+def instruction(plan: StudyPlan, *, signer: Ed25519PrivateKey = LAB) -> PrepareInstruction:
+    signed = sign(STUDY, plan.to_json(), signer)
+    return PrepareInstruction(signed.body, signer=signed.signer, signature=signed.signature, initial=start(plan)[0])
+
+
 def prepare(worker: Worker, plan: StudyPlan) -> SiteReply:
-    return worker.prepare(PrepareInstruction(plan_json=plan.to_json(), initial=start(plan)[0]))
+    return worker.prepare(instruction(plan))
+
+
+def real_worker(folder: Path) -> Worker:
+    """Of a site that joined the lab whose key is LAB."""
+    lab_key = public_hex(LAB)
+    membership = Membership(folder.name, node_key="", lab="lab", address="lab:1", authority="", lab_key=lab_key)
+    (folder / MEMBERSHIP_FILE).write_text(grant_membership(membership, LAB).to_json())
+    return Worker(folder, state=folder / "state")
 
 
 def instruct(plan: StudyPlan, round: int = 1, **changes: object) -> TrainInstruction:
@@ -185,11 +205,51 @@ def test_parameters_that_are_not_finite_are_refused(make_site: SiteMaker, make_p
 
 def test_a_real_site_refuses_what_it_did_not_approve(make_site: SiteMaker, make_plan: PlanMaker) -> None:
     folder, plan = make_site("alder"), make_plan()
-    worker = Worker(folder, state=folder / "state")
+    worker = real_worker(folder)
     assert prepare(worker, plan).code == "not-approved"
+    assert list(approval.pending(folder / "state")) == [plan.digest]
     approval.approve(folder / "state", plan, by="Dr Example")
+    assert not approval.pending(folder / "state")
     assert prepare(worker, plan).code == "ok"
     assert prepare(worker, make_plan(rounds=4)).code == "not-approved"
+    approval.withdraw(folder / "state", plan.digest)
+    assert prepare(worker, plan).code == "not-approved"
+    assert worker.train(instruct(plan)).code == "not-approved"
+
+
+def test_a_real_site_hears_only_the_lab_that_it_joined(make_site: SiteMaker, make_plan: PlanMaker) -> None:
+    folder, plan = make_site("alder"), make_plan()
+    stranger = Worker(folder, state=folder / "state")
+    assert prepare(stranger, plan).code == "bad-instruction"  # it joined none
+    worker = real_worker(folder)
+    approval.approve(folder / "state", plan, by="Dr Example")
+    assert worker.prepare(instruction(plan, signer=Ed25519PrivateKey.generate())).code == "bad-instruction"
+    changed = dataclasses.replace(instruction(plan), plan_json=plan.to_json().replace('"clip":1.0', '"clip":9.0'))
+    assert worker.prepare(changed).code == "bad-instruction"
+    assert not approval.pending(folder / "state")
+
+
+def test_a_plan_outside_the_hospitals_limits_is_refused_with_the_reason(
+    make_site: SiteMaker, make_plan: PlanMaker
+) -> None:
+    folder, plan = make_site("alder"), make_plan()
+    with (folder / "site.yaml").open("a") as file:
+        file.write("limits: {epsilon_per_study: 0.5}\n")
+    approval.approve(folder / "state", plan, by="Dr Example")
+    reply = prepare(real_worker(folder), plan)
+    assert reply.code == "outside-limits"
+    assert reply.reason.endswith("the hospital allows 0.5 a study")
+
+
+def test_a_worker_that_starts_again_goes_on_by_itself(make_site: SiteMaker, make_plan: PlanMaker) -> None:
+    folder, plan = make_site("alder"), make_plan()
+    approval.approve(folder / "state", plan, by="Dr Example")
+    assert prepare(real_worker(folder), plan).code == "ok"
+    first = real_worker(folder).train(instruct(plan))
+    assert first.code == "ok"
+    again = real_worker(folder).train(instruct(plan))
+    assert digest(again.update) == digest(first.update)
+    assert again.ledger_rows == 1
 
 
 def test_a_real_site_refuses_a_plan_without_privacy_even_if_approved(
@@ -197,7 +257,7 @@ def test_a_real_site_refuses_a_plan_without_privacy_even_if_approved(
 ) -> None:
     folder, plan = make_site("alder"), make_plan(privacy=None)
     approval.approve(folder / "state", plan, by="Dr Example")
-    assert prepare(Worker(folder, state=folder / "state"), plan).code == "privacy-required"
+    assert prepare(real_worker(folder), plan).code == "privacy-required"
 
 
 def test_a_changed_approval_is_no_approval(make_site: SiteMaker, make_plan: PlanMaker) -> None:
@@ -205,7 +265,7 @@ def test_a_changed_approval_is_no_approval(make_site: SiteMaker, make_plan: Plan
     approval.approve(folder / "state", plan, by="Dr Example")
     (record,) = (folder / "state" / "approved").iterdir()
     record.write_text(record.read_text().replace('\\"clip\\":1.0', '\\"clip\\":9.0'))
-    assert prepare(Worker(folder, state=folder / "state"), plan).code == "not-approved"
+    assert prepare(real_worker(folder), plan).code == "not-approved"
 
 
 # ---- data, words and exceptions that do not leave ------------------------------------------------------------------
@@ -241,7 +301,7 @@ def test_the_client_app_carries_messages_and_no_exception_text(
     plan, folder = make_plan(), make_site("alder")
     worker = Worker(folder, state=folder / "state", simulated=True)
     app = build_client_app(lambda _: worker)
-    assert deliver(app, encode(PrepareInstruction(plan.to_json(), start(plan)[0])), PREPARE).code == "ok"
+    assert deliver(app, encode(instruction(plan)), PREPARE).code == "ok"
     assert deliver(app, encode(instruct(plan)), TRAIN).code == "ok"
     assert deliver(app, RecordDict({"fields": ConfigRecord({"secret": 1})}), TRAIN).code == "bad-instruction"
 

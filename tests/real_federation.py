@@ -1,0 +1,174 @@
+"""A lab and hospitals as real processes on loopback, by the command lines that people type."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+
+
+def command(program: str, *arguments: object) -> list[str]:
+    """`consilium-lab` or `consilium-site` with this Python."""
+    module = {"consilium-lab": "server.cli", "consilium-site": "client.cli"}[program]
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def call(
+    program: str, *arguments: object, code: int | None = 0, seconds: float = 60
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(program, *arguments), env=_ENVIRONMENT, capture_output=True, text=True, timeout=seconds
+    )
+    if code is not None:
+        assert done.returncode == code, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def told(program: str, *arguments: object, code: int | None = 0) -> Any:
+    """The JSON that a command prints."""
+    return json.loads(call(program, *arguments, "--json", code=code).stdout)
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def wait_for(what: str, condition: Callable[[], object], *, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
+        time.sleep(0.2)
+
+
+class RealFederation:
+    """Everything below `folder`; processes that were started end with `stop`."""
+
+    def __init__(self, folder: Path, sites: Sequence[str]) -> None:
+        self.folder, self.lab, self.sites = folder, folder / "lab", tuple(sites)
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        port, superlink, metrics, health = free_ports(4)
+        self.address = f"127.0.0.1:{port}"
+        self.fingerprint = told("consilium-lab", "provision", "--lab", self.lab, "--address", self.address)[
+            "fingerprint"
+        ]
+        config = yaml.safe_load((self.lab / "lab.yaml").read_text())
+        config |= {"superlink_port": superlink, "metrics_port": metrics, "health_port": health}
+        config["listen"] = self.address
+        (self.lab / "lab.yaml").write_text(yaml.safe_dump(config))
+        self.metrics_port, self.health_port = metrics, health
+        for site in sites:
+            self.enroll(site, folder / site)
+
+    def enroll(self, site: str, folder: Path) -> None:
+        """init, enroll, join."""
+        with (folder / "site.yaml").open("a") as file:
+            file.write("verified_install: false\n")
+        request = told("consilium-site", "init", folder, "--name", site)
+        bundle = self.folder / f"{site}.bundle.json"
+        options = ("--fingerprint", request["fingerprint"], "--out", bundle, "--lab", self.lab)
+        call("consilium-lab", "enroll", request["request"], *options)
+        call("consilium-site", "join", bundle, "--site", folder, "--fingerprint", self.fingerprint)
+
+    def start(self, name: str, *arguments: object) -> None:
+        """Start a service under `name`; its output goes to NAME.out."""
+        program = "consilium-lab" if name == "lab" else "consilium-site"
+        with (self.folder / f"{name}.out").open("ab") as output:
+            self.running[name] = subprocess.Popen(
+                command(program, *arguments), env=_ENVIRONMENT, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def start_lab(self) -> None:
+        self.start("lab", "serve", "--lab", self.lab)
+
+    def start_site(self, site: str) -> None:
+        self.start(site, "start", self.folder / site)
+
+    def start_all(self) -> None:
+        self.start_lab()
+        for site in self.sites:
+            self.start_site(site)
+        wait_for("all nodes", lambda: self.online() == set(self.sites))
+        for site in self.sites:
+            wait_for(f"{site}'s worker", partial(self.worker_answers, site))
+
+    def worker_answers(self, site: str) -> bool:
+        return told("consilium-site", "status", self.folder / site, code=None)["worker"] is not None
+
+    def online(self) -> set[str]:
+        status = told("consilium-lab", "status", "--lab", self.lab, code=None)
+        return {site["site"] for site in status["sites"] if site["online"]}
+
+    def run(self, study: Path, *, minutes: float = 2) -> subprocess.Popen[str]:
+        """`consilium-lab run` in the background."""
+        return subprocess.Popen(
+            command("consilium-lab", "run", study, "--lab", self.lab, "--wait", minutes),
+            env=_ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def approve(self, site: str) -> str:
+        """Approve the one study that waits at the site; its digest."""
+        pending = self.folder / site / "state" / "pending"
+        wait_for(f"a study at {site}", lambda: list(pending.glob("*.json")))
+        (waiting,) = pending.glob("*.json")
+        call(
+            "consilium-site", "approve", waiting.stem[:12], "--site", self.folder / site, "--yes", "--by", "Dr Example"
+        )
+        return waiting.stem
+
+    def finish(self, process: subprocess.Popen[str], *, code: int = 0, seconds: float = 180) -> str:
+        out, err = process.communicate(timeout=seconds)
+        assert process.returncode == code, f"{out}\n{err}\n{self.logs()}"
+        return out + err
+
+    def history(self, study: str) -> list[dict[str, Any]]:
+        file = self.lab / "runs" / study / "history.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def logs(self) -> str:
+        files = [*self.folder.glob("*.out"), *self.lab.glob("log/*.log"), *self.lab.glob("superlink/*.log")]
+        files += [log for site in self.sites for log in (self.folder / site).glob("*/*.log")]
+        return "\n".join(f"==> {file}\n{file.read_text(errors='replace')[-1500:]}" for file in files)
+
+    def stop(self) -> None:
+        for process in self.running.values():
+            process.send_signal(signal.SIGTERM)
+        for process in self.running.values():
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def real_federation(folder: Path, sites: Sequence[str]) -> Iterator[RealFederation]:
+    """Joined sites and a lab, started; stopped at the end."""
+    federation = RealFederation(folder, sites)
+    try:
+        federation.start_all()
+        yield federation
+    finally:
+        federation.stop()
