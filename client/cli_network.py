@@ -71,7 +71,7 @@ def join(
 
 
 def approve(
-    study: Annotated[str | None, typer.Argument(help="A signed plan, or the start of a waiting one's digest.")] = None,
+    study: Annotated[str | None, typer.Argument(help="A signed plan, or a waiting one's name or digest.")] = None,
     folder: Annotated[Path, typer.Option("--site", help="The site's folder.")] = _HERE,
     by: Annotated[str | None, typer.Option(help="Who approves; left out, the user of this session.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Approve without asking.")] = False,
@@ -189,14 +189,19 @@ def doctor(folder: SiteFolder = _HERE, as_json: AsJson = False) -> None:
 
 
 def _document(state: Path, study: str) -> SignedDocument:
-    """A signed plan in a file, or the waiting one whose digest begins so. Raises UsageError."""
+    """A signed plan in a file, or the waiting one of that name or digest. Raises UsageError."""
     from client import approval
     from common.errors import Problem, UsageError
     from common.keys import read_signed
+    from common.plan import plan_from_json
 
     if Path(study).is_file():
         return read_signed(Path(study))
-    found = {digest: document for digest, document in approval.pending(state).items() if digest.startswith(study)}
+    found = {
+        digest: document
+        for digest, document in approval.pending(state).items()
+        if digest.startswith(study) or plan_from_json(document.body).study == study
+    }
     if len(found) != 1:
         what = "is neither a file nor a study that waits" if not found else "could be several: give more of the digest"
         raise UsageError(Problem(study, what, "`consilium-site approve` lists those that wait"))

@@ -89,8 +89,8 @@ def _lab(membership: Membership) -> Iterator[Finding]:
         host, port = proxy.host, proxy.port or 3128
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        what = f"{host} has no address ({error.strerror or error})"
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name at all, `a..b`
+        what = f"{host} has no address ({getattr(error, 'strerror', None) or error})"
         yield Finding("name resolution", "wrong", what, "ask IT for the name, or for the lab's right address")
         return
     families = {"IPv6" if family == socket.AF_INET6 else "IPv4" for family, *_ in found}
@@ -127,7 +127,12 @@ def _tls(membership: Membership, host: str, port: int) -> Finding:
         what = f"the certificate comes from {shown.issuer.rfc4514_string()!r}, not from the lab"
         remedy = "TLS is intercepted: have IT exempt this address; or the lab made itself anew: join again"
         return Finding("TLS", "wrong", what, remedy)
-    left = (shown.not_valid_after_utc - datetime.datetime.now(datetime.UTC)) / datetime.timedelta(days=1)
+    now = datetime.datetime.now(datetime.UTC)
+    if now < shown.not_valid_before_utc:
+        hours = (shown.not_valid_before_utc - now) / datetime.timedelta(hours=1)
+        what = f"the lab's certificate begins {hours:.1f} h from now"
+        return Finding("clock", "wrong", what, "set the clock right (NTP)")
+    left = (shown.not_valid_after_utc - now) / datetime.timedelta(days=1)
     print_ = shown.fingerprint(hashes.SHA256()).hex()[:16]
     if left < 0:
         return Finding("certificate", "wrong", f"it ended {-left:.1f} days ago", "the lab renews it")

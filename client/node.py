@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import resource
+import secrets
 import socket
 import sys
 import threading
@@ -23,10 +24,11 @@ from client.wall import SOCKET, WorkerProxy, serving, users_allowed
 from common.children import Child, flower_environment
 from common.errors import Problem, UsageError, WorkerUnavailable
 from common.files import write_atomically
-from common.keys import objection_to_private
+from common.keys import objection_to_private, write_private
 from common.service import health, metrics, only_instance, open_log, running_instance
 
 WORKER, NODE_SERVICE = "worker", "node"
+SECRET = "superexec.secret"
 
 _TICK_S = 0.2
 _NODE_RESTART_S = 15.0  # Flower turns a node away that comes back within its last heartbeat
@@ -38,7 +40,7 @@ def run_worker(folder: Path, stop: threading.Event) -> None:
     Raises UsageError if the installed files were changed or the site joined no lab, RunError if there is a worker.
     """
     config = load_site_config(folder)
-    if config.verified_install:
+    if config.verified_install and not config.phantom:
         require_verified()
     membership_of(folder)
     _limit(config)
@@ -98,7 +100,7 @@ def run_node(folder: Path, stop: threading.Event, *, with_worker: bool) -> None:
         write_atomically(node / "ca.crt", membership.authority.encode())
         if with_worker:
             standing.children.append(_worker_child(folder, config))
-        standing.children.append(_supernode(folder, membership.address))
+        standing.children += _flower_programs(folder, membership.address)
         stack.enter_context(health(config.health_port, standing.ready))
         stack.enter_context(metrics(config.metrics_port, standing))
         stack.callback(_stop_all, standing.children)
@@ -139,24 +141,35 @@ def _tend(standing: NodeStanding, stop: threading.Event, log: logging.Logger) ->
                 answers = True
             except WorkerUnavailable:
                 answers = False
-            if answers and standing.children[-1].running:
+            if answers and all(child.running for child in standing.children):
                 standing.ready.set()
             else:
                 standing.ready.clear()
         ticks += 1
 
 
-def _supernode(folder: Path, address: str) -> Child:
-    node = folder / NODE
-    command = [
-        str(Path(sys.executable).parent / "flower-supernode"),
-        *("--superlink", address, "--root-certificates", str((node / "ca.crt").resolve())),
-        *("--auth-supernode-private-key", str((node / NODE_KEY).resolve())),
-        *("--host", "127.0.0.1", "--port", str(_free_port())),
-        *("--node-config", f"socket={json.dumps(str((folder / SOCKET).resolve()))}"),
+def _flower_programs(folder: Path, address: str) -> list[Child]:
+    """The SuperNode and the SuperExec that starts ClientApps: each is started again if it is killed."""
+    node, environment = folder.resolve() / NODE, flower_environment(folder.resolve() / NODE / "flwr")
+    programs, port = Path(sys.executable).parent, _free_port()
+    if not (node / SECRET).exists():
+        write_private(node / SECRET, secrets.token_bytes(32))
+    secret = ["--superexec-auth-secret-file", str(node / SECRET)]
+    supernode = [
+        str(programs / "flower-supernode"),
+        *("--superlink", address, "--root-certificates", str(node / "ca.crt")),
+        *("--auth-supernode-private-key", str(node / NODE_KEY)),
+        *("--isolation", "process", "--host", "127.0.0.1", "--port", str(port), *secret),
+        *("--node-config", f"socket={json.dumps(str(folder.resolve() / SOCKET))}"),
     ]
-    environment = flower_environment(node / "flwr")
-    return Child("supernode", command, node, environment, restart_s=_NODE_RESTART_S)
+    superexec = [
+        str(programs / "flower-superexec"),
+        *("--insecure", "--runtime-api-address", f"127.0.0.1:{port}", *secret),  # loopback, and the secret
+    ]
+    return [
+        Child("supernode", supernode, node, environment, restart_s=_NODE_RESTART_S),
+        Child("superexec", superexec, node, environment),
+    ]
 
 
 def _worker_child(folder: Path, config: SiteConfig) -> Child:

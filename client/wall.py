@@ -35,6 +35,7 @@ from common.records import MalformedRecord, PrepareInstruction, SiteReply, Train
 from common.wire import LARGEST, pack, unpack
 
 SOCKET = Path("run") / "worker.sock"  # below the site's folder
+MOST_WAITING = 4  # instructions, the running one among them; further ones are turned away
 
 _SERVICE = "consilium.Worker"
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
@@ -65,7 +66,7 @@ class Servant(Protocol):
 def serving(servant: Servant, path: Path, *, users: Collection[int]) -> Iterator[None]:
     """Answer on the socket at `path` to processes of `users` (uids). Raises RunError if another worker does."""
     private = Path(tempfile.mkdtemp(prefix="consilium-"))  # 0700: nobody reaches gRPC but through the door
-    turn = threading.Lock()
+    turn = _Turn()
     handlers = {
         "hello": _handler(lambda request: _json({"site": servant.site, "pid": os.getpid()})),
         "status": _handler(lambda request: _json(servant.status())),
@@ -133,6 +134,9 @@ def _handler(answer: Callable[[bytes], bytes]) -> grpc.RpcMethodHandler[bytes, b
     def respond(request: bytes, context: grpc.ServicerContext) -> bytes:
         try:
             return answer(request)
+        except WorkerUnavailable:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "too many instructions are waiting")
+            raise
         except Exception:  # its text stays on this side
             _log.exception("the worker cannot answer")
             context.abort(grpc.StatusCode.INTERNAL, "the worker failed; its own log says why")
@@ -141,15 +145,33 @@ def _handler(answer: Callable[[bytes], bytes]) -> grpc.RpcMethodHandler[bytes, b
     return grpc.unary_unary_rpc_method_handler(respond)
 
 
-def _record(servant: Servant, kind: Any, ask: Callable[[Any], SiteReply], turn: threading.Lock, data: bytes) -> bytes:
+def _record(servant: Servant, kind: Any, ask: Callable[[Any], SiteReply], turn: _Turn, data: bytes) -> bytes:
     """One instruction at a time."""
     try:
         instruction = unpack(data, kind)
     except MalformedRecord:
         refusal = BadInstruction()
         return pack(SiteReply(site=servant.site, code=refusal.code, reason=refusal.public_reason))
-    with turn:
+    with turn.waiting():
         return pack(ask(instruction))
+
+
+class _Turn:
+    """A lock with a short queue, so that a node that asks again and again leaves room for hello and status."""
+
+    def __init__(self) -> None:
+        self._lock, self._room = threading.Lock(), threading.BoundedSemaphore(MOST_WAITING)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for the turn, and have it. Raises WorkerUnavailable if too many wait."""
+        if not self._room.acquire(blocking=False):
+            raise WorkerUnavailable(f"{MOST_WAITING} instructions are waiting")
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._room.release()
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

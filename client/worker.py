@@ -44,6 +44,7 @@ class Worker:
         self._folder, self._state, self._simulated = folder, state, simulated
         self._config = load_site_config(folder)
         self._studies: dict[str, Study] = {}
+        self._spent_at: tuple[tuple[int, str], float] = ((0, ""), 0.0)  # ledger head -> epsilon
         self._log = _site_log(state)
 
     @property
@@ -126,15 +127,17 @@ class Worker:
     def status(self) -> Mapping[str, Any]:
         """What stands at the site: studies and budget, no word of its data."""
         ledger = Ledger.existing(self._state) if (self._state / LEDGER_FILE).exists() else None
+        if ledger is not None and self._spent_at[0] != ledger.head():
+            self._spent_at = ledger.head(), ledger.spent()  # seconds of work, and asked for by monitors
         return {
             "site": self.site,
             "version": software_version(),
             "prepared": sorted(self._studies),
             "approved": sorted(approval.approved(self._state)),
             "pending": sorted(approval.pending(self._state)),
-            "epsilon_spent": ledger.spent() if ledger else 0.0,
+            "epsilon_spent": self._spent_at[1] if ledger else 0.0,
             "epsilon_budget": self._config.budget.epsilon,
-            "rounds_charged": len(ledger.charges()) if ledger else 0,
+            "rounds_charged": self._spent_at[0][0] if ledger else 0,
         }
 
     def _reply(self, study: Study, round: int, outcome: Outcome, grant: Grant, *, seconds: float) -> SiteReply:

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from client.membership import MEMBERSHIP_FILE
+from common.enrolment import Membership, grant_membership
+from common.keys import public_hex
 from common.plan import StudyPlan
+from server.certificates import Authority
 
 SiteMaker = Callable[..., Path]
 PlanMaker = Callable[..., StudyPlan]
+
+
+@functools.cache
+def a_certificate() -> str:
+    """Of some authority, PEM."""
+    with tempfile.TemporaryDirectory() as folder:
+        authority = Authority(Path(folder) / "ca.crt", Path(folder) / "ca.key")
+        authority.create("test")
+        return authority.certificate.read_text()
+
+
+def join_lab(folder: Path, lab: Ed25519PrivateKey) -> None:
+    """Make the site in `folder` a member of the lab with this key."""
+    membership = Membership(
+        folder.name, node_key="", lab="lab", address="lab:1", authority=a_certificate(), lab_key=public_hex(lab)
+    )
+    (folder / MEMBERSHIP_FILE).write_text(grant_membership(membership, lab).to_json())
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,11 +53,14 @@ def checkout(tmp_path: Path) -> Path:
     return copy
 
 
-def run(line: str, checkout: Path, *, seconds: float) -> str:
+def environment_of(checkout: Path) -> dict[str, str]:
     path = f"{checkout / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(checkout)}
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(checkout)}
+
+
+def run(line: str, checkout: Path, *, seconds: float) -> str:
     done = subprocess.run(
-        line, shell=True, cwd=checkout, env=environment, capture_output=True, text=True, timeout=seconds
+        line, shell=True, cwd=checkout, env=environment_of(checkout), capture_output=True, text=True, timeout=seconds
     )
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -73,15 +77,112 @@ def needs_real_images(line: str) -> bool:
     return "sites/hospitals" in line or "sites/masks" in line
 
 
+WALK = (  # lab and hospitals take turns: who types what, when
+    "consilium-lab sites phantoms --out hospitals",
+    "consilium-site data check hospitals",
+    "consilium-site init",
+    "consilium-lab provision",
+    "consilium-lab serve",
+    "consilium-lab enroll",
+    "consilium-site join",
+    "consilium-site doctor",
+    "consilium-site start",
+    "consilium-lab run",
+    "consilium-site approve",
+    "consilium-site status",
+    "consilium-lab status",
+    "consilium-site privacy",
+)
+
+
+def of_the_walk(line: str) -> bool:
+    return line.startswith(WALK)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_commands_work_as_they_stand(checkout: Path) -> None:
     for line in commands():
-        if line not in LEFT_OUT and not needs_real_images(line):
+        if line not in LEFT_OUT and not needs_real_images(line) and not of_the_walk(line):
             printed = run(line, checkout, seconds=600)
             if line == "bash deploy/demo.sh":
                 assert f"Report: {checkout / 'runs/demo/report.html'}" in printed
                 assert "PHANTOMS" in (checkout / "runs" / "demo" / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_walk_of_two_hospitals_and_a_lab_ends_in_a_report(checkout: Path) -> None:
+    lines = sorted(
+        filter(of_the_walk, commands()), key=lambda line: next(n for n, s in enumerate(WALK) if line.startswith(s))
+    )
+    services: list[subprocess.Popen[str]] = []
+    fingerprints: dict[str, str] = {}
+    try:
+        for line in lines:
+            if line.startswith(("consilium-lab serve", "consilium-site start", "consilium-lab run")):
+                services.append(begin(line, checkout))
+                continue
+            if line.startswith("consilium-lab enroll"):
+                answer = fingerprints["alder" if "alder" in line else "cedar"]
+                said = until(line, checkout, answer=answer)
+            elif line.startswith("consilium-site join"):
+                said = until(line, checkout, answer=fingerprints["lab"])
+            elif line.startswith("consilium-site status"):
+                services[-1].wait(240)  # the study, which the hospitals approved
+                said = until(line, checkout, answer="")
+            else:
+                said = until(
+                    line,
+                    checkout,
+                    answer="y",
+                    patient=line.startswith(("consilium-site doctor", "consilium-site approve")),
+                )
+            if found := re.search(r"(?:[0-9a-f]{4}-){7}[0-9a-f]{4}", said):
+                fingerprints["lab" if "provision" in line else "alder" if "alder" in line else "cedar"] = found[0]
+        page = (checkout / "lab" / "runs" / "pair" / "report.html").read_text()
+        assert "alder" in page
+        assert "3 rounds charged, 1 to 3" in said
+    finally:
+        for service in services:
+            service.terminate()
+        for service in services:
+            service.wait(60)
+
+
+def begin(line: str, checkout: Path) -> subprocess.Popen[str]:
+    with (checkout / "services.out").open("a") as output:
+        return subprocess.Popen(
+            f"exec {line}",
+            shell=True,
+            cwd=checkout,
+            env=environment_of(checkout),
+            stdout=output,
+            stderr=output,
+            text=True,
+        )
+
+
+def until(line: str, checkout: Path, *, answer: str, patient: bool = False) -> str:
+    """Run `line`, typing `answer`; with `patient` again until what it needs is there."""
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(
+            line,
+            shell=True,
+            cwd=checkout,
+            env=environment_of(checkout),
+            input=f"{answer}\n",
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        if done.returncode == 0:
+            return done.stdout
+        services = (checkout / "services.out").read_text() if (checkout / "services.out").exists() else ""
+        waiting = patient and time.monotonic() < deadline
+        assert waiting, f"{line}\n{done.stdout}\n{done.stderr}\n{services}"
+        time.sleep(1.0)
 
 
 @pytest.mark.slow

@@ -18,17 +18,15 @@ import client.worker
 from client import approval
 from client.app import build_client_app
 from client.ledger import FILE
-from client.membership import MEMBERSHIP_FILE
 from client.worker import Worker
 from common.algorithms import ALGORITHMS
-from common.enrolment import Membership, grant_membership
-from common.keys import STUDY, public_hex, sign
+from common.keys import STUDY, sign
 from common.params import Arrays, digest, to_arrays
 from common.plan import StudyPlan
 from common.plan_rules import EPISODIC
 from common.records import PREPARE, TRAIN, PrepareInstruction, SiteReply, TrainInstruction, decode, encode
 from common.starting_point import network_of, starting, travelling
-from tests.conftest import PlanMaker, SiteMaker
+from tests.conftest import PlanMaker, SiteMaker, join_lab
 
 
 def start(plan: StudyPlan) -> tuple[Arrays, Arrays]:
@@ -51,9 +49,7 @@ def prepare(worker: Worker, plan: StudyPlan) -> SiteReply:
 
 def real_worker(folder: Path) -> Worker:
     """Of a site that joined the lab whose key is LAB."""
-    lab_key = public_hex(LAB)
-    membership = Membership(folder.name, node_key="", lab="lab", address="lab:1", authority="", lab_key=lab_key)
-    (folder / MEMBERSHIP_FILE).write_text(grant_membership(membership, LAB).to_json())
+    join_lab(folder, LAB)
     return Worker(folder, state=folder / "state")
 
 
