@@ -66,6 +66,8 @@ def _opening(hours: str) -> tuple[datetime.time, datetime.time]:
         span = datetime.time.fromisoformat(start.strip()), datetime.time.fromisoformat(end.strip())
     except ValueError:
         raise ValueError('write from and to as "19:00-07:00"') from None
+    if span[0].tzinfo or span[1].tzinfo:
+        raise ValueError("the hours are the hospital's own: leave the time zone out")
     if span[0] == span[1]:
         raise ValueError("the hours begin when they end: leave them out to allow any time")
     return span

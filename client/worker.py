@@ -15,7 +15,6 @@ from typing import Any
 
 from client import approval
 from client.grant import Grant
-from client.ledger import FILE as LEDGER_FILE
 from client.ledger import Ledger
 from client.limits import require_open, require_within
 from client.membership import membership_of
@@ -126,9 +125,9 @@ class Worker:
 
     def status(self) -> Mapping[str, Any]:
         """What stands at the site: studies and budget, no word of its data."""
-        ledger = Ledger.existing(self._state) if (self._state / LEDGER_FILE).exists() else None
-        if ledger is not None and self._spent_at[0] != ledger.head():
-            self._spent_at = ledger.head(), ledger.spent()  # seconds of work, and asked for by monitors
+        ledger = Ledger.existing(self._state) if any(self._state.glob("ledger.*")) else None
+        if ledger is not None:
+            self._spent(ledger)
         return {
             "site": self.site,
             "version": software_version(),
@@ -139,6 +138,12 @@ class Worker:
             "epsilon_budget": self._config.budget.epsilon,
             "rounds_charged": self._spent_at[0][0] if ledger else 0,
         }
+
+    def _spent(self, ledger: Ledger) -> float:
+        """Epsilon of all charges: seconds of work, done once for each row."""
+        if self._spent_at[0] != ledger.head():
+            self._spent_at = ledger.head(), ledger.spent()
+        return self._spent_at[1]
 
     def _reply(self, study: Study, round: int, outcome: Outcome, grant: Grant, *, seconds: float) -> SiteReply:
         rows, head = study.ledger.head() if study.ledger else (0, "")
@@ -151,7 +156,7 @@ class Worker:
             update=outcome.update,
             accuracy=outcome.accuracy,
             queries=queries_per_round(study.plan),
-            epsilon=study.ledger.spent() if study.ledger else 0.0,
+            epsilon=self._spent(study.ledger) if study.ledger else 0.0,
             ledger_rows=rows,
             ledger_head=head,
             seconds=max(_FASTEST_S, 2.0 ** math.ceil(math.log2(seconds))),

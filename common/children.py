@@ -19,13 +19,17 @@ _QUIET = {  # beside what common.quiet_flower says
     "FLWR_LOG_LEVEL": "INFO",
     "PYTHONSAFEPATH": "1",
 }
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_LOG_BYTES = 10_000_000  # then a program's output begins anew, with the old one beside it
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def flower_environment(home: Path) -> dict[str, str]:
     """This process's environment, for a Flower program with a home of its own; its programs are found beside Python."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, **_QUIET, "FLWR_HOME": str(home), "PATH": path}
+    exempt = ",".join(filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), *_LOOPBACK)))
+    proxy = {"NO_PROXY": exempt, "no_proxy": exempt}  # its own programs speak on loopback
+    return {**os.environ, **_QUIET, **proxy, "FLWR_HOME": str(home), "PATH": path}
 
 
 @dataclass
@@ -74,7 +78,10 @@ class Child:
 
     def _start(self, log: logging.Logger) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{self.name}.log").open("ab") as output:
+        log_file = self.folder / f"{self.name}.log"
+        if log_file.exists() and log_file.stat().st_size > _LOG_BYTES:
+            log_file.replace(log_file.with_suffix(".log.1"))
+        with log_file.open("ab") as output:
             self._process = subprocess.Popen(
                 self.command,
                 cwd=self.folder,

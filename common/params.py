@@ -56,7 +56,7 @@ def detach(params: Mapping[str, Tensor]) -> Params:
 
 def to_arrays(params: Mapping[str, Tensor]) -> Arrays:
     """As float32 numpy arrays, sorted by name."""
-    return {name: params[name].detach().cpu().numpy().astype(np.float32) for name in sorted(params)}
+    return {name: params[name].detach().cpu().numpy().astype(np.float32, order="C") for name in sorted(params)}
 
 
 def to_tensors(arrays: Mapping[str, np.ndarray]) -> Params:

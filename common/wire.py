@@ -46,7 +46,7 @@ def unpack(data: bytes, kind: type[R]) -> R:
         raise MalformedRecord("the record is too large")
     try:
         arrays = load(data)
-    except (SafetensorError, ValueError, TypeError, KeyError, OverflowError):
+    except (SafetensorError, ValueError, TypeError, KeyError):
         raise MalformedRecord("the arrays cannot be read") from None
     return record_of(_fields(data), arrays, kind)
 

@@ -37,6 +37,7 @@ def lab_status(lab: Lab) -> dict[str, Any]:
         "sites": [
             {"site": name, "enrolled": site.active, "online": site.active and online.get(name, False)}
             for name, site in enrolled_sites(lab).items()
+            if name == site.site  # the other files bar its old keys
         ],
         "studies": [_study_status(folder) for folder in sorted(lab.runs.glob("*")) if order_of(folder)],
     }

@@ -136,9 +136,10 @@ class RollCall:
         return (*outcomes, *(_missing(site) for site in missing))
 
 
-def online(grid: Grid, nodes: Iterable[int]) -> set[int]:
-    """Those of `nodes` that are connected now."""
-    return set(nodes) & set(grid.get_node_ids())
+def online(grid: Grid, nodes: Iterable[int]) -> list[int]:
+    """Those of `nodes` that are connected now, in their order."""
+    connected = set(grid.get_node_ids())
+    return [node for node in nodes if node in connected]
 
 
 def _enrolled_names(grid: Grid) -> dict[int, str]:

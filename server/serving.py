@@ -4,9 +4,10 @@ list of hospitals, which the SuperLink follows."""
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from common.children import Child
 from common.errors import ConsiliumError, RunError
 from common.service import health, metrics, only_instance, open_log
 from server.certificates import days_left, read_certificate
-from server.enrolment import enrolled_sites
+from server.enrolment import EnrolledSite, enrolled_sites
 from server.flower import Control, superlink_children
 from server.gateway import Traffic, gateway, key_bytes
 from server.lab import Lab, renew_certificate
@@ -37,7 +38,8 @@ class Standing:
 
     traffic: Traffic = field(default_factory=Traffic)
     online: dict[str, bool] = field(default_factory=dict)  # by site
-    barred: frozenset[bytes] = frozenset()
+    sites: Mapping[str, EnrolledSite] = field(default_factory=dict)  # as last read
+    barred: frozenset[bytes] = frozenset()  # keys that are turned away
     children: list[Child] = field(default_factory=list)
     certificate_days: float = 0.0
     serving: threading.Event = field(default_factory=threading.Event)
@@ -78,11 +80,13 @@ def serve(lab: Lab, stop: threading.Event) -> None:
         log = open_log(lab.folder / "log" / "lab.log", name="lab")
         standing = Standing()
         renew_certificate(lab)
+        _read_sites(lab, standing, log)
         standing.children = superlink_children(lab)
         stack.enter_context(health(lab.config.health_port, standing.serving))
         stack.enter_context(metrics(lab.config.metrics_port, standing))
         stack.callback(_stop_all, standing.children)
         while not stop.is_set():
+            standing.certificate_days = days_left(read_certificate(lab.server_certificate))
             with _gateway(lab, standing):
                 log.info("serving", extra={"fields": {"listen": lab.config.listen, "address": lab.config.address}})
                 _tend(lab, standing, stop, log)
@@ -93,46 +97,45 @@ def serve(lab: Lab, stop: threading.Event) -> None:
 
 def _tend(lab: Lab, standing: Standing, stop: threading.Event, log: logging.Logger) -> None:
     """Keep everything running until `stop`, or until the certificate was renewed."""
-    followed = looked = -_LOOK_S
-    renewed = time.monotonic()
+    followed = looked = renewed = -math.inf
+    shown = lab.server_certificate.stat().st_mtime_ns
     while not stop.wait(_TICK_S):
         now = time.monotonic()
         for child in standing.children:
             child.tend(log)
         if now - followed >= _FOLLOW_S:
             followed = now
-            standing.barred = _barred(lab, log)
-            if now - looked >= _LOOK_S or _changed(lab, standing):
+            _read_sites(lab, standing, log)
+            if now - looked >= _LOOK_S or _active(standing) != set(standing.online):
                 looked = now
                 _follow(lab, standing, log)
-        if now - renewed >= _RENEW_S or not standing.certificate_days:
-            renewed = now
-            standing.certificate_days = days_left(read_certificate(lab.server_certificate))
-            if renew_certificate(lab):
-                log.info("certificate renewed")
-                standing.certificate_days = 0.0
+            if lab.server_certificate.stat().st_mtime_ns != shown:
+                log.info("another server certificate is there")
                 return
+        if now - renewed >= _RENEW_S:
+            renewed = now
+            renew_certificate(lab)
+            standing.certificate_days = days_left(read_certificate(lab.server_certificate))
 
 
-def _changed(lab: Lab, standing: Standing) -> bool:
-    active = {name for name, site in enrolled_sites(lab).items() if site.active}
-    return active != set(standing.online)
+def _active(standing: Standing) -> set[str]:
+    return {name for name, site in standing.sites.items() if site.active}
 
 
-def _barred(lab: Lab, log: logging.Logger) -> frozenset[bytes]:
+def _read_sites(lab: Lab, standing: Standing, log: logging.Logger) -> None:
+    """The list as it is now; one that cannot be read leaves the last one in force."""
     try:
-        sites = enrolled_sites(lab).values()
+        standing.sites = enrolled_sites(lab)
     except ConsiliumError as error:
         log.error("the list of sites cannot be read: %s", error)
-        return frozenset()
-    return frozenset(key_bytes(site.node_key) for site in sites if not site.active)
+    standing.barred = frozenset(key_bytes(site.node_key) for site in standing.sites.values() if not site.active)
 
 
 def _follow(lab: Lab, standing: Standing, log: logging.Logger) -> None:
     """Let in who is enrolled, and nobody else."""
     try:
         with Control(lab) as control:
-            wanted = {name: key_bytes(site.node_key) for name, site in enrolled_sites(lab).items() if site.active}
+            wanted = {name: key_bytes(standing.sites[name].node_key) for name in _active(standing)}
             known = control.nodes()
             for node in known:
                 if node.key not in wanted.values():
@@ -172,6 +175,7 @@ def _gateway(lab: Lab, standing: Standing) -> Iterator[None]:
         ssl_certfile=str(lab.server_certificate),
         ssl_keyfile=str(lab.server_key),
         log_config=None,
+        ws="none",
         server_header=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=2,

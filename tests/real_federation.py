@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -63,11 +63,20 @@ def wait_for(what: str, condition: Callable[[], object], *, seconds: float = 90)
 class RealFederation:
     """Everything below `folder`; processes that were started end with `stop`."""
 
-    def __init__(self, folder: Path, sites: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sites: Sequence[str],
+        *,
+        host: str = "127.0.0.1",
+        inside: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """`host` is where sites reach the lab; `inside` puts words before the commands of "lab" or of a site."""
+        self.inside = inside or {}
         self.folder, self.lab, self.sites = folder, folder / "lab", tuple(sites)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         port, superlink, metrics, health = free_ports(4)
-        self.address = f"127.0.0.1:{port}"
+        self.address = f"{host}:{port}"
         self.fingerprint = told("consilium-lab", "provision", "--lab", self.lab, "--address", self.address)[
             "fingerprint"
         ]
@@ -94,7 +103,11 @@ class RealFederation:
         program = "consilium-lab" if name == "lab" else "consilium-site"
         with (self.folder / f"{name}.out").open("ab") as output:
             self.running[name] = subprocess.Popen(
-                command(program, *arguments), env=_ENVIRONMENT, stdout=output, stderr=output, start_new_session=True
+                [*self.inside.get(name, ()), *command(program, *arguments)],
+                env=_ENVIRONMENT,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
 
     def start_lab(self) -> None:
@@ -115,13 +128,17 @@ class RealFederation:
         return told("consilium-site", "status", self.folder / site, code=None)["worker"] is not None
 
     def online(self) -> set[str]:
-        status = told("consilium-lab", "status", "--lab", self.lab, code=None)
+        asked = [*self.inside.get("lab", ()), *command("consilium-lab", "status", "--lab", self.lab, "--json")]
+        status = json.loads(subprocess.run(asked, env=_ENVIRONMENT, capture_output=True, text=True, timeout=60).stdout)
         return {site["site"] for site in status["sites"] if site["online"]}
 
     def run(self, study: Path, *, minutes: float = 2) -> subprocess.Popen[str]:
         """`consilium-lab run` in the background."""
         return subprocess.Popen(
-            command("consilium-lab", "run", study, "--lab", self.lab, "--wait", minutes),
+            [
+                *self.inside.get("lab", ()),
+                *command("consilium-lab", "run", study, "--lab", self.lab, "--wait", minutes),
+            ],
             env=_ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -164,9 +181,9 @@ class RealFederation:
 
 
 @contextmanager
-def real_federation(folder: Path, sites: Sequence[str]) -> Iterator[RealFederation]:
+def real_federation(folder: Path, sites: Sequence[str], **options: Any) -> Iterator[RealFederation]:
     """Joined sites and a lab, started; stopped at the end."""
-    federation = RealFederation(folder, sites)
+    federation = RealFederation(folder, sites, **options)
     try:
         federation.start_all()
         yield federation

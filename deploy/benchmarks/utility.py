@@ -172,7 +172,7 @@ def _asks(plan: StudyPlan, arm: str) -> bool:
 
 
 def _title(plan: StudyPlan, arm: str) -> str:
-    titles = {RANDOM: "random initialization", CEILING: "ceiling"}
+    titles = {RANDOM: "random initialization", CEILING: "ceiling", "local_only": "warm start alone"}
     return titles.get(arm) or (f"**{plan.algorithm.name}** (the study)" if arm == META else arm)
 
 
