@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from client.wall import SOCKET, WorkerProxy
+from common.errors import WorkerUnavailable
 
 ROOT = Path(__file__).parents[1]
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
@@ -125,12 +129,28 @@ class RealFederation:
             wait_for(f"{site}'s worker", partial(self.worker_answers, site))
 
     def worker_answers(self, site: str) -> bool:
-        return told("consilium-site", "status", self.folder / site, code=None)["worker"] is not None
+        try:
+            return WorkerProxy(self.folder / site / SOCKET).hello()["site"] == site
+        except WorkerUnavailable:
+            return False
 
     def online(self) -> set[str]:
+        """Who is connected, by the lab's metrics; on another host by its status, which takes longer."""
+        if "lab" not in self.inside:
+            metrics = self.metrics()
+            return {site for site in self.sites if f'consilium_site_online{{site="{site}"}} 1.0' in metrics}
         asked = [*self.inside.get("lab", ()), *command("consilium-lab", "status", "--lab", self.lab, "--json")]
         status = json.loads(subprocess.run(asked, env=_ENVIRONMENT, capture_output=True, text=True, timeout=60).stdout)
         return {site["site"] for site in status["sites"] if site["online"]}
+
+    def metrics(self) -> str:
+        """What Prometheus would read; empty while the lab does not serve."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as answer:
+                text: str = answer.read().decode()
+                return text
+        except OSError:
+            return ""
 
     def run(self, study: Path, *, minutes: float = 2) -> subprocess.Popen[str]:
         """`consilium-lab run` in the background."""

@@ -90,8 +90,7 @@ def a_private_study_costs_what_the_plan_says(federation: RealFederation) -> None
     assert str(report) in said
     assert "alder" in report.read_text()
     assert told("consilium-lab", "status", "--lab", federation.lab)["studies"][0]["state"] == "done"
-    metrics = urllib.request.urlopen(f"http://127.0.0.1:{federation.metrics_port}/metrics", timeout=5).read().decode()
-    assert 'consilium_site_online{site="alder"} 1.0' in metrics
+    assert 'consilium_site_online{site="alder"} 1.0' in federation.metrics()
     with grpc.insecure_channel(f"127.0.0.1:{federation.health_port}") as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
