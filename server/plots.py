@@ -114,7 +114,7 @@ def rounds_figure(
     styles: Mapping[str, Style] | None = None,
 ) -> str:
     """One line per label in `series` over the rounds, in the style of that label if there are any. `limit` is a dashed
-    line (the budget)."""
+    line (the plan's epsilon)."""
 
     def draw(axes: Axes) -> None:
         for i, (label, points) in enumerate(series.items()):
@@ -123,8 +123,8 @@ def rounds_figure(
             xs, ys = [x for x, _ in points], [y for _, y in points]
             axes.plot(xs, ys, markevery=every, markersize=4, linewidth=1.3, label=label, **style)
         if limit is not None:
-            _reference(axes, limit, "budget", "--")
-            axes.set_ylim(0, limit * 1.15)
+            _reference(axes, limit, "the plan's", "--")
+            axes.set_ylim(0, 1.15 * max([limit, *(y for points in series.values() for _, y in points)]))
         axes.set(xlabel="round", ylabel=ylabel)
 
     return _svg(name, draw, legend=len(series))

@@ -61,6 +61,7 @@ def test_two_hospitals_and_a_lab_from_init_to_report(folder: Path) -> None:
     with real_federation(folder, SITES) as federation:
         nobody_else_gets_in(federation)
         a_private_study_costs_what_the_plan_says(federation)
+        a_study_is_stopped_and_an_approval_withdrawn(federation)
         without_privacy_it_equals_the_simulation(federation)
         a_worker_that_is_gone_is_named_and_comes_back(federation)
         a_revoked_site_is_shut_out_at_once(federation)
@@ -95,6 +96,20 @@ def a_private_study_costs_what_the_plan_says(federation: RealFederation) -> None
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
     no_word_of_patients_in_any_log(federation)
+
+
+def a_study_is_stopped_and_an_approval_withdrawn(federation: RealFederation) -> None:
+    """A study that one hospital did not approve says so, and ends when the lab says."""
+    run = federation.run(write_study(federation.folder, "stopped", description="nobody wants it"))
+    pending = federation.folder / "cedar" / "state" / "pending"
+    wait_for("the study at cedar", lambda: list(pending.glob("*.json")))
+    call("consilium-lab", "stop", "stopped", "--lab", federation.lab)
+    assert "it was stopped by the lab" in federation.finish(run, code=1)
+    for site in SITES:
+        federation.approve(site)  # too late, and no harm
+        call("consilium-site", "withdraw", "stopped", "--site", federation.folder / site)
+        again = call("consilium-site", "withdraw", "stopped", "--site", federation.folder / site, code=2)
+        assert "is not approved here" in again.stderr
 
 
 def no_word_of_patients_in_any_log(federation: RealFederation) -> None:
