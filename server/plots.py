@@ -126,6 +126,7 @@ def rounds_figure(
             _reference(axes, limit, "the plan's", "--")
             axes.set_ylim(0, 1.15 * max([limit, *(y for points in series.values() for _, y in points)]))
         axes.set(xlabel="round", ylabel=ylabel)
+        axes.locator_params(axis="x", integer=True)
 
     return _svg(name, draw, legend=len(series))
 

@@ -52,6 +52,7 @@ def page_values(results: StudyResults) -> dict[str, Any]:
         "metrics": results.metrics,
         "lead_metric": results.lead,
         "lead_name": results.lead_name,
+        "at_hospitals": results.at_hospitals,
         "kinds": [kind for kind in _KINDS if any(trial.kind == kind for trial in results.trials)],
         "tables": {kind: {metric: _groups(results, kind, metric) for metric in results.metrics} for kind in _KINDS},
         "shots_figures": {kind: _shots_figure(results, kind) for kind in _KINDS},

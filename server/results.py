@@ -89,6 +89,7 @@ class StudyResults:
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)  # wall time of each part
     remarks: Sequence[str] = ()  # further warnings
+    at_hospitals: bool = False  # it ran with real hospitals: the lab has no image, so nothing is measured here
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -159,8 +160,18 @@ class StudyResults:
         return next((r for r in self.rows if (r.kind, r.target, r.arm, r.shots, r.metric) == wanted), None)
 
 
+def _learned_together(results: StudyResults) -> tuple[str, str]:
+    rounds = [record for record in results.federations[0].records if record.round]
+    kept = sum(record.status == "committed" for record in rounds)
+    took_part = {site.site for record in rounds for site in record.sites if site.status == "ok"}
+    done = f"{kept} of {results.plan.rounds} rounds were learned together by {len(took_part)} hospitals"
+    return done, "What it is worth to a hospital is measured there, with its own images: they are not here."
+
+
 def headline(results: StudyResults) -> tuple[str, str]:
     """What was gained: a few words, and a sentence with figures and intervals."""
+    if results.at_hospitals:
+        return _learned_together(results)
     row = results.find(results.lead_kind, None, META, results.lead_shots)
     if row is None:
         why = "On no target did even the ceiling beat guessing" if results.trials else "No target was evaluated"

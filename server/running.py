@@ -94,6 +94,7 @@ def write_run_report(folder: Path, *, sentences: tuple[str, ...] = ()) -> Path:
         federations=[Federation(arm=META, records=run_history(folder))],
         sentences=sentences,
         versions={"consilium": software_version(), "python": platform.python_version(), **versions},
+        at_hospitals=True,
     )
     write_metrics(folder / METRICS, results)
     write_report(folder / REPORT, results)

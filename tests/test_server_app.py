@@ -52,8 +52,10 @@ def test_an_ordered_study_runs_from_its_warm_start_and_is_done(make_plan: PlanMa
     assert all(start[name].equal(warm[name]) for name in warm)
     assert outcome_of(folder) == ""
     run(tmp_path, plan, str(folder))  # done: nothing more to do, and no error
-    report = write_run_report(folder)
-    assert "alder" in report.read_text()
+    page = write_run_report(folder).read_text()
+    assert "2 of 2 rounds were learned together by 3 hospitals" in page
+    assert "alder" in page
+    assert "Nothing was evaluated" not in page
 
 
 def test_a_changed_study_needs_another_name(make_plan: PlanMaker, tmp_path: Path) -> None:
