@@ -32,7 +32,7 @@ def command(program: str, *arguments: object) -> list[str]:
 
 
 def call(
-    program: str, *arguments: object, code: int | None = 0, seconds: float = 60
+    program: str, *arguments: object, code: int | None = 0, seconds: float = 120
 ) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         command(program, *arguments), env=_ENVIRONMENT, capture_output=True, text=True, timeout=seconds
@@ -57,7 +57,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(what: str, condition: Callable[[], object], *, seconds: float = 90) -> None:
+def wait_for(what: str, condition: Callable[[], object], *, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
@@ -175,7 +175,7 @@ class RealFederation:
         )
         return waiting.stem
 
-    def finish(self, process: subprocess.Popen[str], *, code: int = 0, seconds: float = 180) -> str:
+    def finish(self, process: subprocess.Popen[str], *, code: int = 0, seconds: float = 500) -> str:
         out, err = process.communicate(timeout=seconds)
         assert process.returncode == code, f"{out}\n{err}\n{self.logs()}"
         return out + err

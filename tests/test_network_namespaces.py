@@ -54,7 +54,7 @@ def remove(bridge: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 @pytest.mark.usefixtures("hosts")
 def test_a_hospital_whose_link_was_cut_is_named_and_joins_again(folder: Path) -> None:
     study = write_study(folder, "links", rounds=6, quorum=1, round_timeout_s=20)
@@ -68,7 +68,7 @@ def test_a_hospital_whose_link_was_cut_is_named_and_joins_again(folder: Path) ->
         ip("link", "set", link, "down")
         wait_for("a round without alder", lambda: "ok" not in codes(federation.history("links"), "alder")[-1:])
         ip("link", "set", link, "up")
-        federation.finish(run, seconds=300)
+        federation.finish(run, seconds=600)
         alder, cedar = (codes(federation.history("links"), site) for site in SITES)
         assert len(alder) == len(cedar) == 6
         missed = next(number for number, code in enumerate(alder) if code != "ok")

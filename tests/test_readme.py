@@ -111,7 +111,7 @@ def test_the_commands_work_as_they_stand(checkout: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_walk_of_two_hospitals_and_a_lab_ends_in_a_report(checkout: Path) -> None:
     lines = sorted(
         filter(of_the_walk, commands()), key=lambda line: next(n for n, s in enumerate(WALK) if line.startswith(s))
@@ -129,7 +129,7 @@ def test_the_walk_of_two_hospitals_and_a_lab_ends_in_a_report(checkout: Path) ->
             elif line.startswith("consilium-site join"):
                 said = until(line, checkout, answer=fingerprints["lab"])
             elif line.startswith("consilium-site status"):
-                services[-1].wait(240)  # the study, which the hospitals approved
+                services[-1].wait(500)  # the study, which the hospitals approved
                 said = until(line, checkout, answer="")
             else:
                 said = until(
