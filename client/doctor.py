@@ -137,7 +137,8 @@ def _tls(membership: Membership, host: str, port: int) -> Finding:
     if left < 0:
         return Finding("certificate", "wrong", f"it ended {-left:.1f} days ago", "the lab renews it")
     state: Literal["warning", "ok"] = "warning" if left < _SOON_DAYS else "ok"
-    return Finding("certificate", state, f"{print_}, {left:.0f} days left", "the lab renews it" if left < 14 else "")
+    remedy = "the lab renews it" if state == "warning" else ""
+    return Finding("certificate", state, f"{print_}, {left:.0f} days left", remedy)
 
 
 def _signed_by(shown: x509.Certificate, authority: x509.Certificate) -> bool:
@@ -154,9 +155,7 @@ def _health(membership: Membership) -> Iterator[Finding]:
         with httpx.Client(verify=trust, timeout=_TIMEOUT_S) as client:
             answer = client.get(f"https://{membership.address}/health")
     except httpx.HTTPError as error:
-        yield Finding(
-            "health", "wrong", f"the lab does not answer ({error})", "the lab's people: `consilium-lab status`"
-        )
+        yield Finding("health", "wrong", f"the lab does not answer ({error})", _ASK_LAB)
         return
     yield _clock(answer)
     if answer.status_code == 200:
@@ -215,12 +214,12 @@ def _data(folder: Path) -> Finding:
 
 
 def _ledger(state: Path) -> Finding:
-    if not any(state.glob("ledger.*")):  # its marker outlives a lost one
-        return Finding("ledger", "ok", "none yet: nothing was spent")
     try:
-        ledger = Ledger.existing(state)
+        ledger = Ledger.found(state)
     except ConsiliumError as error:
         return Finding("ledger", "wrong", str(error), "restore it from its backup; nothing is released without it")
+    if ledger is None:
+        return Finding("ledger", "ok", "none yet: nothing was spent")
     return Finding("ledger", "ok", f"{len(ledger.charges())} rows, epsilon {ledger.spent():.3f}")
 
 

@@ -101,6 +101,11 @@ class Ledger:
         ledger.charges()
         return ledger
 
+    @staticmethod
+    def found(folder: Path) -> Ledger | None:
+        """The same; None if no ledger was ever opened here. A lost one is damaged: its marker outlives it."""
+        return Ledger.existing(folder) if any(folder.glob("ledger.*")) else None
+
     def charge(self, *, study: str, round: int, event: Event) -> Grant:
         """Write the charge for one round and return leave to make its queries.
 

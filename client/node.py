@@ -21,7 +21,7 @@ from client.installation import require_verified
 from client.membership import NODE, NODE_KEY, membership_of
 from client.site import SiteConfig, load_site_config
 from client.wall import SOCKET, WorkerProxy, serving, users_allowed
-from common.children import Child, flower_environment
+from common.children import Child, flower_environment, stop_all
 from common.errors import Problem, UsageError, WorkerUnavailable
 from common.files import write_atomically
 from common.keys import objection_to_private, write_private
@@ -103,7 +103,7 @@ def run_node(folder: Path, stop: threading.Event, *, with_worker: bool) -> None:
         standing.children += _flower_programs(folder, membership.address)
         stack.enter_context(health(config.health_port, standing.ready))
         stack.enter_context(metrics(config.metrics_port, standing))
-        stack.callback(_stop_all, standing.children)
+        stack.callback(stop_all, standing.children)
         log.info("node started", extra={"fields": {"site": config.name, "lab": membership.address}})
         _tend(standing, stop, log)
         log.info("node stopped", extra={"fields": {"site": config.name}})
@@ -201,8 +201,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _stop_all(children: list[Child]) -> None:
-    for child in reversed(children):
-        child.stop()

@@ -66,10 +66,8 @@ def review(folder: Path, plan: StudyPlan) -> Review:
         require_within(config, plan)
     except Refusal as refusal:
         objection = refusal
-    state = folder / config.state
-    charged: list[Event] = []
-    if any(state.glob("ledger.*")):  # its marker outlives a lost one
-        charged = [charge.event for charge in Ledger.existing(state).charges()]
+    ledger = Ledger.found(folder / config.state)
+    charged = [charge.event for charge in ledger.charges()] if ledger else []
     coming = []
     if cost is not None and queries_per_round(plan):
         coming = [Event(cost.sample_rate, cost.noise_multiplier, queries_per_round(plan) * plan.rounds)]

@@ -125,28 +125,29 @@ class Worker:
 
     def status(self) -> Mapping[str, Any]:
         """What stands at the site: studies and budget, no word of its data."""
-        ledger = Ledger.existing(self._state) if any(self._state.glob("ledger.*")) else None
-        if ledger is not None:
-            self._spent(ledger)
+        (rows, _), spent = self._spent(Ledger.found(self._state))
         return {
             "site": self.site,
             "version": software_version(),
             "prepared": sorted(self._studies),
             "approved": sorted(approval.approved(self._state)),
             "pending": sorted(approval.pending(self._state)),
-            "epsilon_spent": self._spent_at[1] if ledger else 0.0,
+            "epsilon_spent": spent,
             "epsilon_budget": self._config.budget.epsilon,
-            "rounds_charged": self._spent_at[0][0] if ledger else 0,
+            "rounds_charged": rows,
         }
 
-    def _spent(self, ledger: Ledger) -> float:
-        """Epsilon of all charges: seconds of work, done once for each row."""
-        if self._spent_at[0] != ledger.head():
-            self._spent_at = ledger.head(), ledger.spent()
-        return self._spent_at[1]
+    def _spent(self, ledger: Ledger | None) -> tuple[tuple[int, str], float]:
+        """(the ledger's head, epsilon of all its charges): seconds of work, done once for each row."""
+        if ledger is None:
+            return (0, ""), 0.0
+        known, head = self._spent_at, ledger.head()
+        if known[0] != head:
+            known = self._spent_at = head, ledger.spent()
+        return known
 
     def _reply(self, study: Study, round: int, outcome: Outcome, grant: Grant, *, seconds: float) -> SiteReply:
-        rows, head = study.ledger.head() if study.ledger else (0, "")
+        (rows, head), spent = self._spent(study.ledger)
         return SiteReply(
             site=self.site,
             code="ok",
@@ -156,7 +157,7 @@ class Worker:
             update=outcome.update,
             accuracy=outcome.accuracy,
             queries=queries_per_round(study.plan),
-            epsilon=self._spent(study.ledger) if study.ledger else 0.0,
+            epsilon=spent,
             ledger_rows=rows,
             ledger_head=head,
             seconds=max(_FASTEST_S, 2.0 ** math.ceil(math.log2(seconds))),

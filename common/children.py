@@ -97,6 +97,12 @@ class Child:
         log.info("%s started, process %d", self.name, self._process.pid)
 
 
+def stop_all(children: Sequence[Child]) -> None:
+    """Stop them, the last one first."""
+    for child in reversed(children):
+        child.stop()
+
+
 def _kill_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)

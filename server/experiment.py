@@ -10,9 +10,7 @@ A fold is the study itself ("all"), or the study without one hospital. An arm is
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,12 +26,11 @@ from common.metrics import lead_metric
 from common.params import Params
 from common.plan import OuterSpec, RowFilter, StudyPlan, plan_from_json
 from common.plan_rules import UNSCORED
-from common.records import software_version
 from common.trials import CEILING, RANDOM, Kind, Trial, mean
 from server.measurements import Measurement, measure_all
 from server.observer import Observer
 from server.report import write_metrics, write_report
-from server.results import META, CurvePoint, Example, Federation, Picture, StudyResults
+from server.results import META, CurvePoint, Example, Federation, Picture, StudyResults, versions
 from server.run_folder import final_parameters, run_history
 from server.simulation import (
     Engine,
@@ -54,7 +51,6 @@ from server.summary import WITHOUT_PRIVACY
 PLAN, METRICS, REPORT = "plan.json", "metrics.json", "report.html"
 _EXAMPLES_PER_LABEL = 2
 _PICTURED_TARGETS, _PICTURES = 2, 3  # targets; images of each
-_LIBRARIES = ("flwr", "torch", "opacus", "dp-accounting")
 
 
 class Watcher(Observer, Protocol):
@@ -379,7 +375,6 @@ def _results(
         for name, data in experiment.data.items()
         for label, image, mask in data.examples(_EXAMPLES_PER_LABEL)
     ]
-    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     return StudyResults(
         plan=experiment.plan,
         trials=trials,
@@ -389,7 +384,7 @@ def _results(
         examples=examples,
         pictures=_pictures(experiment, folds),
         phantoms=any(data.phantom for data in experiment.data.values()),
-        versions={"consilium": software_version(), "python": platform.python_version(), **versions},
+        versions=versions(),
         seconds=seconds,
         remarks=experiment.remarks,
     )

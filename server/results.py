@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import math
+import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +18,12 @@ from common.algorithms import ALGORITHMS
 from common.metrics import lead_metric, metrics_of
 from common.plan import StudyPlan, TaskKind
 from common.plan_in_words import algorithm_title, arm_titles
+from common.records import software_version
 from common.trials import CEILING, RANDOM, Estimate, Kind, Trial, shots_unit
 from server.history import RoundRecord
 from server.summary import WITHOUT_PRIVACY, Row, summarise
+
+_LIBRARIES = ("flwr", "torch", "opacus", "dp-accounting")
 
 META = "meta"  # arm: what the study's own algorithm learned
 UNPROTECTED = "WITHOUT PRIVACY: a simulation that protects no patient"
@@ -158,6 +163,12 @@ class StudyResults:
         """The summary's row of the lead metric, if it is there."""
         wanted = (kind, target, arm, shots, self.lead)
         return next((r for r in self.rows if (r.kind, r.target, r.arm, r.shots, r.metric) == wanted), None)
+
+
+def versions() -> dict[str, str]:
+    """Of this software, Python and the libraries that a figure depends on."""
+    libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {"consilium": software_version(), "python": platform.python_version(), **libraries}
 
 
 def _learned_together(results: StudyResults) -> tuple[str, str]:

@@ -6,8 +6,6 @@ starts another, which goes on after the last committed round.
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -17,7 +15,6 @@ from common.checkpoint import save_checkpoint
 from common.errors import Problem, RunError, UsageError
 from common.files import write_atomically
 from common.plan import StudyPlan
-from common.records import software_version
 from common.service import running_instance
 from server.flower import Control
 from server.history import RoundRecord
@@ -36,7 +33,7 @@ from server.orders import (
     write_outcome,
 )
 from server.report import write_metrics, write_report
-from server.results import META, Federation, StudyResults
+from server.results import META, Federation, StudyResults, versions
 from server.run_folder import run_history
 from server.serving import SERVICE
 from server.start import initial_parameters
@@ -47,7 +44,6 @@ METRICS, REPORT = "metrics.json", "report.html"
 _LOOK_S, _ASK_S = 0.5, 3.0  # at the run folder; at the SuperLink
 _MOST_STARTS = 10  # of a ServerApp that commits nothing in between
 _PATIENCE_S = 90.0  # with a SuperLink that is being started again
-_LIBRARIES = ("flwr", "torch", "opacus", "dp-accounting")
 
 
 def run_study(lab: Lab, file: Path, *, wait_s: float, observer: Observer, stop: threading.Event) -> Path | None:
@@ -87,13 +83,12 @@ def place_order(lab: Lab, plan: StudyPlan, plan_folder: Path, *, wait_s: float) 
 
 def write_run_report(folder: Path, *, sentences: tuple[str, ...] = ()) -> Path:
     """report.html and metrics.json of the run in `folder`, as far as it is."""
-    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     results = StudyResults(
         plan=ordered_plan(folder),
         trials=[],
         federations=[Federation(arm=META, records=run_history(folder))],
         sentences=sentences,
-        versions={"consilium": software_version(), "python": platform.python_version(), **versions},
+        versions=versions(),
         at_hospitals=True,
     )
     write_metrics(folder / METRICS, results)

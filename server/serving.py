@@ -15,7 +15,7 @@ import uvicorn
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from common.addresses import parse_address
-from common.children import Child
+from common.children import Child, stop_all
 from common.errors import ConsiliumError, RunError
 from common.service import health, metrics, only_instance, open_log
 from server.certificates import days_left, read_certificate
@@ -84,14 +84,14 @@ def serve(lab: Lab, stop: threading.Event) -> None:
         standing.children = superlink_children(lab)
         stack.enter_context(health(lab.config.health_port, standing.serving))
         stack.enter_context(metrics(lab.config.metrics_port, standing))
-        stack.callback(_stop_all, standing.children)
+        stack.callback(stop_all, standing.children)
         while not stop.is_set():
             standing.certificate_days = days_left(read_certificate(lab.server_certificate))
             with _gateway(lab, standing):
                 log.info("serving", extra={"fields": {"listen": lab.config.listen, "address": lab.config.address}})
                 _tend(lab, standing, stop, log)
             if not stop.is_set():  # a new certificate: everything that shows the old one starts again
-                _stop_all(standing.children)
+                stop_all(standing.children)
         log.info("stopped")
 
 
@@ -200,8 +200,3 @@ def _run_quietly(server: uvicorn.Server) -> None:
         server.run()
     except SystemExit:  # uvicorn's way to say that it cannot bind
         return
-
-
-def _stop_all(children: list[Child]) -> None:
-    for child in children:
-        child.stop()

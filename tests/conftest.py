@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,16 @@ from server.certificates import Authority
 
 SiteMaker = Callable[..., Path]
 PlanMaker = Callable[..., StudyPlan]
+
+
+def soon(holds: Callable[[], bool], *, timeout_s: float = 10.0) -> bool:
+    """Whether it holds within the time."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 @functools.cache

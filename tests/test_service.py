@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from prometheus_client.core import GaugeMetricFamily
 from common.children import Child, flower_environment
 from common.errors import RunError
 from common.service import health, metrics, only_instance, open_log, running_instance, stop_instance, stop_on_signals
+from tests.conftest import soon
 
 ROOT = Path(__file__).parent.parent
 LOG = logging.getLogger("test")
@@ -64,16 +65,6 @@ def process(source: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str
         running.kill()
         running.wait()
         running.stdout.close()
-
-
-def soon(holds: Callable[[], bool], *, timeout_s: float = 10.0) -> bool:
-    """Whether it holds within the time."""
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def alive(pid: int) -> bool:

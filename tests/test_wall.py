@@ -28,6 +28,7 @@ from client.wall import WorkerProxy, serving, users_allowed
 from common.errors import RunError, WorkerUnavailable
 from common.records import PrepareInstruction, SiteReply, TrainInstruction
 from common.wire import pack, unpack
+from tests.conftest import soon
 
 ROOT = Path(__file__).parent.parent
 MINE = {os.geteuid()}
@@ -94,15 +95,6 @@ def call(path: Path, method: str, request: bytes, *, timeout_s: float = 10.0) ->
     with grpc.insecure_channel(f"unix:{path}", options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         ask: Callable[..., bytes] = channel.unary_unary(f"/consilium.Worker/{method}")
         return ask(request, timeout=timeout_s)
-
-
-def soon(holds: Callable[[], bool], *, timeout_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def in_thread(ask: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
