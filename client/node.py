@@ -28,7 +28,8 @@ from common.keys import objection_to_private, write_private
 from common.service import health, metrics, only_instance, open_log, running_instance
 
 WORKER, NODE_SERVICE = "worker", "node"
-SECRET = "superexec.secret"
+
+_SECRET = "app.secret"  # between the SuperNode and the app: who may take its messages
 
 _TICK_S = 0.2
 _NODE_RESTART_S = 15.0  # Flower turns a node away that comes back within its last heartbeat
@@ -149,12 +150,12 @@ def _tend(standing: NodeStanding, stop: threading.Event, log: logging.Logger) ->
 
 
 def _flower_programs(folder: Path, address: str) -> list[Child]:
-    """The SuperNode and the SuperExec that starts ClientApps: each is started again if it is killed."""
+    """The SuperNode and the process that answers its messages: each is started again if it is killed."""
     node, environment = folder.resolve() / NODE, flower_environment(folder.resolve() / NODE / "flwr")
     programs, port = Path(sys.executable).parent, _free_port()
-    if not (node / SECRET).exists():
-        write_private(node / SECRET, secrets.token_bytes(32))
-    secret = ["--superexec-auth-secret-file", str(node / SECRET)]
+    if not (node / _SECRET).exists():
+        write_private(node / _SECRET, secrets.token_bytes(32))
+    secret = ["--superexec-auth-secret-file", str(node / _SECRET)]
     supernode = [
         str(programs / "flower-supernode"),
         *("--superlink", address, "--root-certificates", str(node / "ca.crt")),
@@ -162,13 +163,10 @@ def _flower_programs(folder: Path, address: str) -> list[Child]:
         *("--isolation", "process", "--host", "127.0.0.1", "--port", str(port), *secret),
         *("--node-config", f"socket={json.dumps(str(folder.resolve() / SOCKET))}"),
     ]
-    superexec = [
-        str(programs / "flower-superexec"),
-        *("--insecure", "--runtime-api-address", f"127.0.0.1:{port}", *secret),  # loopback, and the secret
-    ]
+    app = [sys.executable, "-m", "client.app_process", f"127.0.0.1:{port}", str(node / _SECRET)]
     return [
         Child("supernode", supernode, node, environment, restart_s=_NODE_RESTART_S),
-        Child("superexec", superexec, node, environment),
+        Child("app", app, node, environment),
     ]
 
 

@@ -129,10 +129,10 @@ class Control:
         with _told():
             self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.id))
 
-    def submit(self, run_folder: Path) -> int:
-        """Start a ServerApp for the study in `run_folder`; Flower's number of the run."""
-        config = f"run-folder={json.dumps(str(run_folder))}"
-        answer = _flwr(self._lab, "run", str(BUNDLE), _CONNECTION, "-c", config, "--format", "json")
+    def submit(self, bundle: Path, **run_config: str) -> int:
+        """Start the ServerApp of `bundle`; Flower's number of the run."""
+        config = " ".join(f"{name}={json.dumps(value)}" for name, value in run_config.items())
+        answer = _flwr(self._lab, "run", str(bundle), _CONNECTION, "-c", config, "--format", "json")
         return int(answer["run-id"])
 
     def run(self, run_id: int) -> FlowerRun | None:

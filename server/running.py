@@ -16,7 +16,7 @@ from common.errors import Problem, RunError, UsageError
 from common.files import write_atomically
 from common.plan import StudyPlan
 from common.service import running_instance
-from server.flower import Control
+from server.flower import BUNDLE, Control
 from server.history import RoundRecord
 from server.lab import Lab
 from server.observer import Observer
@@ -125,7 +125,7 @@ def _start(lab: Lab, folder: Path) -> None:
         _await_superlink(control)
         known = None if order.flower_run is None else control.run(order.flower_run)
         if known is None or known.ended:
-            write_order(folder, replace(order, flower_run=control.submit(folder)))
+            write_order(folder, replace(order, flower_run=control.submit(BUNDLE, **{"run-folder": str(folder)})))
 
 
 def _await_superlink(control: Control) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import ssl
 import urllib.error
@@ -17,10 +18,12 @@ from client.data.phantoms import make_phantom_sites
 from client.ledger import Ledger
 from common.accounting import plan_cost
 from common.plan import load_plan
+from server.flower import Control
+from server.lab import open_lab
 from server.run_folder import final_parameters
 from server.simulation import Federation, run_federation
 from server.start import initial_parameters
-from tests.real_federation import RealFederation, call, real_federation, told, wait_for
+from tests.real_federation import ROOT, RealFederation, call, real_federation, told, wait_for
 
 SITES = ("alder", "cedar")
 
@@ -61,6 +64,7 @@ def test_two_hospitals_and_a_lab_from_init_to_report(folder: Path) -> None:
     with real_federation(folder, SITES) as federation:
         nobody_else_gets_in(federation)
         a_private_study_costs_what_the_plan_says(federation)
+        a_bundle_with_code_is_not_opened(federation)
         a_study_is_stopped_and_an_approval_withdrawn(federation)
         without_privacy_it_equals_the_simulation(federation)
         a_worker_that_is_gone_is_named_and_comes_back(federation)
@@ -96,6 +100,26 @@ def a_private_study_costs_what_the_plan_says(federation: RealFederation) -> None
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
     no_word_of_patients_in_any_log(federation)
+
+
+def a_bundle_with_code_is_not_opened(federation: RealFederation) -> None:
+    """Sent by the lab through Flower to hospitals that approved a study: nothing of it runs, nothing comes back."""
+    bundle, loot = federation.folder / "hostile", federation.folder / "loot.json"
+    shutil.copytree(ROOT / "tests" / "hostile_bundle", bundle)
+    shutil.copy(ROOT / "LICENSE", bundle)
+    workers = [told("consilium-site", "status", federation.folder / site)["worker"] for site in SITES]
+    with Control(open_lab(federation.lab)) as control:
+        control.submit(bundle, loot=str(loot))
+    wait_for("the answers to the hostile orders", loot.exists)
+    answers = json.loads(loot.read_text())
+    assert answers["asked"] == len(answers["said"]) == 12
+    assert set(answers["said"]) == {
+        "bad-instruction: 0 arrays, 0 rows",
+        "not-approved: 0 arrays, 0 rows",
+        "error: this hospital's app does not answer such a message",
+    }
+    assert [told("consilium-site", "status", federation.folder / site)["worker"] for site in SITES] == workers
+    assert not list(federation.folder.rglob("stolen"))
 
 
 def a_study_is_stopped_and_an_approval_withdrawn(federation: RealFederation) -> None:

@@ -25,12 +25,12 @@ KILLS, ROUNDS = 20, 4
 PROGRAMS = (
     "server.cli serve",
     "flower-superlink",
-    "flower-superexec",
+    "flower-superexec",  # the lab's
     "flwr-serverapp",
     "client.cli start",
     "client.cli worker",
     "flower-supernode",
-    "flwr-clientapp",
+    "client.app_process",
 )
 
 
