@@ -6,10 +6,12 @@ here at once, before the SuperLink hears of it.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import re
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ NODE_CALLS = "/v1/fleet/"
 _NODE_CALL = re.compile(r"[a-z-]{1,40}\Z")
 _KEY_HEADER = "flwr-public-key"
 _LARGEST = 16 * 2**20  # bytes of a call; Flower cuts arrays into pieces of 5 MB
+_SLOWEST_S = 120.0  # for a call to arrive
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "proxy-connection"}
 _OWN = _HOP_BY_HOP | {"date", "server"}  # the gateway says these itself
@@ -44,8 +47,12 @@ class Traffic:
         self.calls[status] = self.calls.get(status, 0) + 1
 
 
-class TooLarge(Exception):
-    """A call's body is larger than any of Flower's."""
+class Refused(Exception):
+    """A call that is not passed on."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
 
 
 def gateway(superlink: str, authority: Path, *, barred: Callable[[], Collection[bytes]], traffic: Traffic) -> Starlette:
@@ -70,9 +77,9 @@ def gateway(superlink: str, authority: Path, *, barred: Callable[[], Collection[
         call = client.build_request(request.method, path, headers=headers, content=_body(request, traffic))
         try:
             answer = await client.send(call, stream=True)
-        except TooLarge:
-            traffic.note(413)
-            return PlainTextResponse("the call is too large", status_code=413)
+        except Refused as refused:
+            traffic.note(refused.status)
+            return PlainTextResponse(refused.reason, status_code=refused.status)
         except httpx.HTTPError:
             traffic.note(503)
             return PlainTextResponse("the lab's server is starting, or down", status_code=503)
@@ -102,13 +109,20 @@ def _is_barred(request: Request, barred: Collection[bytes]) -> bool:
 
 
 async def _body(request: Request, traffic: Traffic) -> AsyncIterator[bytes]:
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
+    """The call's body, as it comes. Raises Refused if it is larger than any of Flower's, or comes too slowly."""
+    size, pieces, deadline = 0, aiter(request.stream()), time.monotonic() + _SLOWEST_S
+    while True:
+        try:
+            piece = await asyncio.wait_for(anext(pieces), deadline - time.monotonic())
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise Refused(408, "the call came too slowly") from None
+        size += len(piece)
         if size > _LARGEST:
-            raise TooLarge
-        traffic.bytes_in += len(chunk)
-        yield chunk
+            raise Refused(413, "the call is too large")
+        traffic.bytes_in += len(piece)
+        yield piece
 
 
 async def _counted(answer: httpx.Response, traffic: Traffic) -> AsyncIterator[bytes]:

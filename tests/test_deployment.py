@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
 import shutil
 import ssl
+import subprocess
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -18,12 +23,14 @@ from client.data.phantoms import make_phantom_sites
 from client.ledger import Ledger
 from common.accounting import plan_cost
 from common.plan import load_plan
+from deploy.local_federation import ROOT, LocalFederation, call, local_federation, told, wait_for
+from server import certificates
+from server.certificates import days_left, read_certificate
 from server.flower import Control
 from server.lab import open_lab
 from server.run_folder import final_parameters
 from server.simulation import Federation, run_federation
 from server.start import initial_parameters
-from tests.real_federation import ROOT, RealFederation, call, real_federation, told, wait_for
 
 SITES = ("alder", "cedar")
 
@@ -61,22 +68,45 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_two_hospitals_and_a_lab_from_init_to_report(folder: Path) -> None:
-    with real_federation(folder, SITES) as federation:
+    clock, environment = shifted_clock(folder)
+    with (
+        small_disk(folder / "alder" / "state") as fill,
+        local_federation(folder, SITES, inside={"cedar": environment}) as federation,
+    ):
         nobody_else_gets_in(federation)
-        a_private_study_costs_what_the_plan_says(federation)
+        three_studies_side_by_side(federation)
         a_bundle_with_code_is_not_opened(federation)
-        a_study_is_stopped_and_an_approval_withdrawn(federation)
-        without_privacy_it_equals_the_simulation(federation)
-        a_worker_that_is_gone_is_named_and_comes_back(federation)
+        a_full_disk_a_wrong_clock_and_an_expired_certificate(federation, fill, clock)
         a_revoked_site_is_shut_out_at_once(federation)
 
 
-def a_private_study_costs_what_the_plan_says(federation: RealFederation) -> None:
-    study = write_study(federation.folder, "private")
-    run = federation.run(study)
+def three_studies_side_by_side(federation: LocalFederation) -> None:
+    """One under privacy, one without, and one that the lab stops."""
+    private = write_study(federation.folder, "private")
+    # only phantoms, which have no patients, take part without privacy
+    open_ = write_study(federation.folder, "open", privacy="none", outer={"weights": "equal"})
+    stopped = write_study(federation.folder, "stopped", description="nobody wants it")
+    runs = {study: federation.run(study) for study in (private, open_, stopped)}
     for site in SITES:
-        federation.approve(site)
-    said = federation.finish(run)
+        federation.approve(site, private)
+        federation.approve(site, open_, by_command=False)
+    call("consilium-lab", "stop", "stopped", "--lab", federation.lab)
+    assert "it was stopped by the lab" in federation.finish(runs[stopped], code=1)
+    an_approval_that_came_too_late_is_withdrawn(federation, stopped)
+    it_cost_what_the_plan_says(federation, private, federation.finish(runs[private]))
+    federation.finish(runs[open_])
+    it_equals_the_simulation(federation, open_)
+    no_word_of_patients_in_any_log(federation)
+
+
+def an_approval_that_came_too_late_is_withdrawn(federation: LocalFederation, study: Path) -> None:
+    federation.approve("alder", study, by_command=False)
+    call("consilium-site", "withdraw", "stopped", "--site", federation.folder / "alder")
+    again = call("consilium-site", "withdraw", "stopped", "--site", federation.folder / "alder", code=2)
+    assert "is not approved here" in again.stderr
+
+
+def it_cost_what_the_plan_says(federation: LocalFederation, study: Path, said: str) -> None:
     plan = load_plan(study)
     start, *rounds = federation.history("private")
     assert {site["code"] for site in start["sites"]} == {"ok"}
@@ -94,15 +124,36 @@ def a_private_study_costs_what_the_plan_says(federation: RealFederation) -> None
     report = federation.lab / "runs" / "private" / "report.html"
     assert str(report) in said
     assert "alder" in report.read_text()
-    assert told("consilium-lab", "status", "--lab", federation.lab)["studies"][0]["state"] == "done"
+    studies = told("consilium-lab", "status", "--lab", federation.lab)["studies"]
+    assert {study["study"]: study["state"] for study in studies}["private"] == "done"
     assert 'consilium_site_online{site="alder"} 1.0' in federation.metrics()
     with grpc.insecure_channel(f"127.0.0.1:{federation.health_port}") as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
-    no_word_of_patients_in_any_log(federation)
 
 
-def a_bundle_with_code_is_not_opened(federation: RealFederation) -> None:
+def it_equals_the_simulation(federation: LocalFederation, study: Path) -> None:
+    """Replies come in any order: a last bit."""
+    plan = load_plan(study)
+    folders = {site: federation.folder / site for site in SITES}
+    simulated = Federation(plan, federation.folder / "simulated", folders, initial_parameters(plan, federation.folder))
+    run_federation(simulated)
+    real, expected = (final_parameters(f) for f in (federation.lab / "runs" / "open", simulated.folder))
+    assert real.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.allclose(real[name], rtol=1e-5, atol=1e-7), name
+
+
+def no_word_of_patients_in_any_log(federation: LocalFederation) -> None:
+    logs = [*federation.folder.rglob("*.log"), *federation.folder.rglob("*.out")]
+    assert len(logs) > 5
+    for log in logs:
+        text = log.read_text(errors="replace")
+        assert "nodule" not in text, log
+        assert "patient-" not in text, log
+
+
+def a_bundle_with_code_is_not_opened(federation: LocalFederation) -> None:
     """Sent by the lab through Flower to hospitals that approved a study: nothing of it runs, nothing comes back."""
     bundle, loot = federation.folder / "hostile", federation.folder / "loot.json"
     shutil.copytree(ROOT / "tests" / "hostile_bundle", bundle)
@@ -122,68 +173,99 @@ def a_bundle_with_code_is_not_opened(federation: RealFederation) -> None:
     assert not list(federation.folder.rglob("stolen"))
 
 
-def a_study_is_stopped_and_an_approval_withdrawn(federation: RealFederation) -> None:
-    """A study that one hospital did not approve says so, and ends when the lab says."""
-    run = federation.run(write_study(federation.folder, "stopped", description="nobody wants it"))
-    pending = federation.folder / "cedar" / "state" / "pending"
-    wait_for("the study at cedar", lambda: list(pending.glob("*.json")))
-    call("consilium-lab", "stop", "stopped", "--lab", federation.lab)
-    assert "it was stopped by the lab" in federation.finish(run, code=1)
-    for site in SITES:
-        federation.approve(site)  # too late, and no harm
-        call("consilium-site", "withdraw", "stopped", "--site", federation.folder / site)
-        again = call("consilium-site", "withdraw", "stopped", "--site", federation.folder / site, code=2)
-        assert "is not approved here" in again.stderr
-
-
-def no_word_of_patients_in_any_log(federation: RealFederation) -> None:
-    logs = [*federation.folder.rglob("*.log"), *federation.folder.rglob("*.out")]
-    assert len(logs) > 5
-    for log in logs:
-        text = log.read_text(errors="replace")
-        assert "nodule" not in text, log
-        assert "patient-" not in text, log
-
-
-def without_privacy_it_equals_the_simulation(federation: RealFederation) -> None:
-    """Phantoms have no patients: only there a plan without privacy runs. Replies come in any order: a last bit."""
-    study = write_study(federation.folder, "open", privacy="none", outer={"weights": "equal"})
+def a_full_disk_a_wrong_clock_and_an_expired_certificate(
+    federation: LocalFederation, fill: Callable[[bool], None] | None, clock: Path
+) -> None:
+    """Each takes one hospital, or the lab, out of a running study, is named, and is over when it is mended."""
+    study = write_study(
+        federation.folder, "weather", rounds=20, quorum=1, round_timeout_s=20, privacy={"epsilon": 1, "clip": 1.0}
+    )
     run = federation.run(study)
     for site in SITES:
-        federation.approve(site)
+        federation.approve(site, study, by_command=False)
+
+    def code(site: str) -> str:
+        records = federation.history("weather")[1:]
+        return next((o["code"] for o in records[-1]["sites"] if o["site"] == site), "") if records else ""
+
+    wait_for("the first round", lambda: code("alder") == code("cedar") == "ok")
+    if fill is not None:
+        fill(True)
+        wait_for("a round without alder", lambda: code("alder") == "failed")
+        fill(False)
+        wait_for("alder again", lambda: code("alder") == "ok")
+    clock.write_text("-3600")
+    wait_for("a round without cedar", lambda: code("cedar") != "ok")
+    clock.write_text("0")
+    expire_certificate(federation.lab)
+    wait_for("cedar again", lambda: code("cedar") == "ok")
+    assert days_left(read_certificate(open_lab(federation.lab).server_certificate)) > 300
     federation.finish(run)
-    plan = load_plan(study)
-    folders = {site: federation.folder / site for site in SITES}
-    simulated = Federation(plan, federation.folder / "simulated", folders, initial_parameters(plan, federation.folder))
-    run_federation(simulated)
-    real, expected = (final_parameters(f) for f in (federation.lab / "runs" / "open", simulated.folder))
-    assert real.keys() == expected.keys()
-    for name, value in expected.items():
-        assert value.allclose(real[name], rtol=1e-5, atol=1e-7), name
-
-
-def a_worker_that_is_gone_is_named_and_comes_back(federation: RealFederation) -> None:
-    """The lab's server too: it is killed with all its programs and started again, and the run goes on."""
-    study = write_study(federation.folder, "killed", rounds=3, quorum=1, privacy={"epsilon": 1, "clip": 1.0})
-    run = federation.run(study)
+    records = federation.history("weather")
+    assert [record["round"] for record in records] == list(range(21))
     for site in SITES:
-        federation.approve(site)
-    wait_for("the first round", lambda: len(federation.history("killed")) > 1)
-    federation.running["lab"].kill()
-    federation.running["lab"].wait()
-    federation.start_lab()
-    said = run.communicate(timeout=500)
-    if run.returncode:  # the follower may have noticed that the lab was gone
-        assert "does not serve" in said[1], said
-        federation.finish(federation.run(study), seconds=500)
-    records = federation.history("killed")[1:]
-    assert [record["round"] for record in records] == [1, 2, 3]
-    for site in SITES:
-        rounds = [charge.round for charge in Ledger.existing(federation.folder / site / "state").charges()][2:]
-        assert rounds == sorted(set(rounds))
+        taken = {r["round"] for r in records[1:] for o in r["sites"] if (o["site"], o["code"]) == (site, "ok")}
+        charged = [c.round for c in Ledger.existing(federation.folder / site / "state").charges()][2:]
+        assert sorted(set(charged)) == charged
+        assert taken <= set(charged)
 
 
-def nobody_else_gets_in(federation: RealFederation) -> None:
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Callable[[bool], None] | None]:
+    """Give `folder` a disk of its own; what fills it or makes room again, None where a test may mount none."""
+    folder.mkdir(exist_ok=True)
+    options = ["-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+    if subprocess.run(["mount", *options], capture_output=True, timeout=20, check=False).returncode:
+        yield None
+        return
+
+    def fill(full: bool) -> None:
+        ballast = folder / "ballast"
+        if not full:
+            ballast.unlink()
+            return
+        with suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    try:
+        yield fill
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, timeout=20, check=True)
+
+
+def shifted_clock(folder: Path) -> tuple[Path, list[str]]:
+    """(a file that says by how many seconds a hospital's clock is wrong, words before the hospital's commands)."""
+    clock, shim = folder / "clock", folder / "shim"
+    clock.write_text("0")
+    shim.mkdir()
+    (shim / "sitecustomize.py").write_text(CLOCK.format(file=str(clock)))
+    return clock, ["env", f"PYTHONPATH={shim}{os.pathsep}{ROOT}"]
+
+
+CLOCK = """
+import datetime, time
+real, now = time.time, datetime.datetime.now
+shift = lambda: float(open({file!r}).read() or 0)
+time.time = lambda: real() + shift()
+class Shifted(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return now(tz) + datetime.timedelta(seconds=shift())
+datetime.datetime = Shifted
+"""
+
+
+def expire_certificate(lab: Path) -> None:
+    """Put a server certificate in place that ended yesterday; the running server shows it, until it renews it."""
+    opened = open_lab(lab)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificates, "SERVER_DAYS", -1)
+        patch.setattr(certificates, "_BACKDATED", datetime.timedelta(days=9))
+        opened.authority.issue("127.0.0.1", certificate=opened.server_certificate, key=opened.server_key)
+
+
+def nobody_else_gets_in(federation: LocalFederation) -> None:
     """A stolen site id, a second node with one id, a key that was never enrolled, the Control API."""
     stranger = federation.folder / "stranger"
     shutil.copytree(federation.folder / "alder", stranger, ignore=shutil.ignore_patterns("state", "node", "run"))
@@ -217,6 +299,6 @@ def _turned_away(log: str) -> bool:
     return "401" in log or "2004" in log or "authentication" in log.lower()
 
 
-def a_revoked_site_is_shut_out_at_once(federation: RealFederation) -> None:
+def a_revoked_site_is_shut_out_at_once(federation: LocalFederation) -> None:
     call("consilium-lab", "revoke", "cedar", "--lab", federation.lab)
     wait_for("cedar to be shut out", lambda: federation.online() == {"alder"})

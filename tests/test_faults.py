@@ -16,7 +16,7 @@ from client.ledger import Ledger
 from client.release_store import ReleaseStore
 from common.accounting import epsilon
 from common.plan import load_plan
-from tests.real_federation import RealFederation, real_federation, wait_for
+from deploy.local_federation import LocalFederation, local_federation, wait_for
 from tests.test_deployment import SITES, folder, write_study
 
 __all__ = ["folder"]  # a fixture
@@ -46,7 +46,7 @@ def processes(below: Path) -> Iterator[tuple[int, str]]:
             yield int(entry.name), line
 
 
-def kill_one(federation: RealFederation, chance: random.Random) -> str | None:
+def kill_one(federation: LocalFederation, chance: random.Random) -> str | None:
     """Kill -9 a process of a kind drawn at random; what supervises services then starts them again."""
     for program in chance.sample(PROGRAMS, len(PROGRAMS)):
         victims = [pid for pid, line in processes(federation.folder) if program in line.replace("-m ", "")]
@@ -59,7 +59,7 @@ def kill_one(federation: RealFederation, chance: random.Random) -> str | None:
     return None
 
 
-def supervise(federation: RealFederation) -> None:
+def supervise(federation: LocalFederation) -> None:
     """What systemd does at a lab and at hospitals."""
     for name, process in list(federation.running.items()):
         if process.poll() is not None:
@@ -77,10 +77,10 @@ def test_kills_at_random_moments_lose_no_round_and_charge_none_twice(folder: Pat
     study = write_study(
         folder, "faults", rounds=ROUNDS, quorum=1, round_timeout_s=30, privacy={"epsilon": 8, "clip": 1.0}
     )
-    with real_federation(folder, SITES) as federation:
+    with local_federation(folder, SITES) as federation:
         run = federation.run(study, minutes=5)
         for site in SITES:
-            federation.approve(site)
+            federation.approve(site, study, by_command=False)
         wait_for("the first round", lambda: len(federation.history("faults")) > 1)
         while len(killed) < KILLS:
             if victim := kill_one(federation, chance):
@@ -97,7 +97,7 @@ def test_kills_at_random_moments_lose_no_round_and_charge_none_twice(folder: Pat
         promises_hold(federation, study, f"seed {seed}: {killed}")
 
 
-def promises_hold(federation: RealFederation, study: Path, story: str) -> None:
+def promises_hold(federation: LocalFederation, study: Path, story: str) -> None:
     plan, records = load_plan(study), federation.history("faults")
     assert [record["round"] for record in records] == list(range(ROUNDS + 1)), story
     for record in records[1:]:

@@ -289,6 +289,20 @@ def test_a_call_that_is_too_large_is_refused(lab: Lab, monkeypatch: pytest.Monke
     assert lab.ask("POST", CALL, content=b"small").status_code == 200  # and the next one passes
 
 
+def test_a_call_that_comes_drop_by_drop_is_given_up(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.gateway._SLOWEST_S", 0.5)
+
+    def drops() -> Iterator[bytes]:
+        for _ in range(50):
+            yield b"x"
+            time.sleep(0.05)
+
+    answer = lab.ask("POST", CALL, content=drops())
+    assert (answer.status_code, answer.text) == (408, "the call came too slowly")
+    assert lab.upstream.heard == []
+    assert lab.ask("POST", CALL, content=b"quick").status_code == 200  # and the next one passes
+
+
 @contextmanager
 def before(url: str, certificates: Path) -> Iterator[Lab]:
     """A gateway before `url`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.real_federation import real_federation, wait_for
+from deploy.local_federation import local_federation, wait_for
 from tests.test_deployment import SITES, folder, write_study
 
 __all__ = ["folder"]  # a fixture
@@ -59,10 +59,10 @@ def remove(bridge: str) -> None:
 def test_a_hospital_whose_link_was_cut_is_named_and_joins_again(folder: Path) -> None:
     study = write_study(folder, "links", rounds=6, quorum=1, round_timeout_s=20)
     inside = {host: ["ip", "netns", "exec", namespace(host)] for host in HOSTS}
-    with real_federation(folder, SITES, host="10.99.7.1", inside=inside) as federation:
+    with local_federation(folder, SITES, host="10.99.7.1", inside=inside) as federation:
         run = federation.run(study)
         for site in SITES:
-            federation.approve(site)
+            federation.approve(site, study, by_command=False)
         wait_for("the first round", lambda: len(federation.history("links")) > 1)
         link = f"{PREFIX}v{1 + HOSTS.index('alder')}"
         ip("link", "set", link, "down")

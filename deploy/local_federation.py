@@ -1,4 +1,5 @@
-"""A lab and hospitals as real processes on loopback, by the command lines that people type."""
+"""A lab and hospitals as real processes on one machine, by the command lines that people type: for tests and
+benchmarks."""
 
 from __future__ import annotations
 
@@ -18,8 +19,10 @@ from typing import Any
 
 import yaml
 
+from client import approval
 from client.wall import SOCKET, WorkerProxy
-from common.errors import WorkerUnavailable
+from common.errors import RunError, WorkerUnavailable
+from common.plan import load_plan
 
 ROOT = Path(__file__).parents[1]
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
@@ -34,11 +37,12 @@ def command(program: str, *arguments: object) -> list[str]:
 def call(
     program: str, *arguments: object, code: int | None = 0, seconds: float = 120
 ) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end. Raises RunError if it ends with another code than `code`; None takes any."""
     done = subprocess.run(
         command(program, *arguments), env=_ENVIRONMENT, capture_output=True, text=True, timeout=seconds
     )
-    if code is not None:
-        assert done.returncode == code, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    if code not in (None, done.returncode):
+        raise RunError(f"{arguments} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
 
 
@@ -48,6 +52,7 @@ def told(program: str, *arguments: object, code: int | None = 0) -> Any:
 
 
 def free_ports(count: int) -> list[int]:
+    """Ports on loopback that nobody uses now."""
     probes = [socket.socket() for _ in range(count)]
     for probe in probes:
         probe.bind(("127.0.0.1", 0))
@@ -58,13 +63,15 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_for(what: str, condition: Callable[[], object], *, seconds: float = 240) -> None:
+    """Wait until it holds. Raises RunError, naming `what`, if it does not within the time."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
+        if time.monotonic() > deadline:
+            raise RunError(f"waited {seconds:g} s for {what}")
         time.sleep(0.2)
 
 
-class RealFederation:
+class LocalFederation:
     """Everything below `folder`; processes that were started end with `stop`."""
 
     def __init__(
@@ -165,19 +172,19 @@ class RealFederation:
             text=True,
         )
 
-    def approve(self, site: str) -> str:
-        """Approve the one study that waits at the site; its digest."""
-        pending = self.folder / site / "state" / "pending"
-        wait_for(f"a study at {site}", lambda: list(pending.glob("*.json")))
-        (waiting,) = pending.glob("*.json")
-        call(
-            "consilium-site", "approve", waiting.stem[:12], "--site", self.folder / site, "--yes", "--by", "Dr Example"
-        )
-        return waiting.stem
+    def approve(self, site: str, study: Path, *, by_command: bool = True) -> None:
+        """Approve the study when it has come to the site; without `by_command` by what the command calls."""
+        folder, plan = self.folder / site, load_plan(study)
+        wait_for(f"{study.stem} at {site}", (folder / "state" / "pending" / f"{plan.digest}.json").exists)
+        if by_command:
+            call("consilium-site", "approve", plan.digest[:12], "--site", folder, "--yes", "--by", "Dr Example")
+        else:
+            approval.approve(folder / "state", plan, by="Dr Example")
 
     def finish(self, process: subprocess.Popen[str], *, code: int = 0, seconds: float = 500) -> str:
         out, err = process.communicate(timeout=seconds)
-        assert process.returncode == code, f"{out}\n{err}\n{self.logs()}"
+        if process.returncode != code:
+            raise RunError(f"it ended with {process.returncode}\n{out}\n{err}\n{self.logs()}")
         return out + err
 
     def history(self, study: str) -> list[dict[str, Any]]:
@@ -201,9 +208,9 @@ class RealFederation:
 
 
 @contextmanager
-def real_federation(folder: Path, sites: Sequence[str], **options: Any) -> Iterator[RealFederation]:
+def local_federation(folder: Path, sites: Sequence[str], **options: Any) -> Iterator[LocalFederation]:
     """Joined sites and a lab, started; stopped at the end."""
-    federation = RealFederation(folder, sites, **options)
+    federation = LocalFederation(folder, sites, **options)
     try:
         federation.start_all()
         yield federation
