@@ -21,9 +21,8 @@ from common.records import (
     PrepareInstruction,
     SiteReply,
     TrainInstruction,
-    decode,
-    encode,
 )
+from common.wire import decode, encode
 
 
 class SiteWorker(Protocol):

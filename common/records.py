@@ -1,7 +1,7 @@
-"""What the lab and a site say to each other, and its form in a Flower RecordDict.
+"""What the lab and a site say to each other; `common.wire` gives it its form.
 
-This file is the whole wire format. Every field of a reply is either charged to the site's ledger or
-independent of the site's data; the comment beside it says which.
+Every field of a reply is either charged to the site's ledger or independent of the site's data; the comment beside it
+says which.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 PREPARE = "query.prepare"  # Flower message types
 TRAIN = "train.round"
-
-_ARRAYS, _FIELDS = "arrays", "fields"
 
 Arrays = dict[str, np.ndarray]
 
@@ -79,7 +76,7 @@ R = TypeVar("R", PrepareInstruction, TrainInstruction, SiteReply)
 
 
 class MalformedRecord(ValueError):
-    """A RecordDict is not of the expected form; the text names the field, never a value."""
+    """What came is not of the expected form; the text names the field, never a value."""
 
 
 def fields_and_arrays(record: Record) -> tuple[dict[str, Any], Arrays]:
@@ -104,38 +101,6 @@ def record_of(fields: Mapping[str, Any], arrays: Arrays, kind: type[R]) -> R:
         raise MalformedRecord("an array is not float32")
     values: dict[str, Any] = {**fields, _ARRAYS_FIELD[kind]: arrays}
     return kind(**values)
-
-
-def encode(record: Record) -> RecordDict:
-    """A record as a RecordDict: one ArrayRecord, one ConfigRecord."""
-    fields, arrays = fields_and_arrays(record)
-    return RecordDict(
-        {
-            _ARRAYS: ArrayRecord({name: Array(value) for name, value in arrays.items()}),
-            _FIELDS: ConfigRecord(fields),
-        }
-    )
-
-
-def decode(content: RecordDict, kind: type[R]) -> R:
-    """The record of type `kind` in `content`.
-
-    Raises MalformedRecord if a field is missing, unknown, of another type, or an array is not float32.
-    """
-    try:
-        fields = dict(content.config_records[_FIELDS])
-        array_record = content.array_records[_ARRAYS]
-    except KeyError:
-        raise MalformedRecord("a part is missing") from None
-    arrays: Arrays = {}
-    for name, array in array_record.items():
-        if array.dtype != "float32":
-            raise MalformedRecord("an array is not float32")
-        try:
-            arrays[name] = array.numpy()
-        except Exception:
-            raise MalformedRecord("an array cannot be read") from None
-    return record_of(fields, arrays, kind)
 
 
 _ARRAYS_FIELD: dict[type, str] = {PrepareInstruction: "initial", TrainInstruction: "shared", SiteReply: "update"}

@@ -1,6 +1,7 @@
 """Records as bytes: safetensors for the arrays, JSON in its header for the rest. Nothing in it can be executed.
 
-What crosses the wall between a hospital's node and its worker has this form.
+The same bytes cross the wall between a hospital's node and its worker, and travel in Flower's messages: there as one
+array, since Flower stores, sends and fetches each array of a message by calls of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 from typing import Any, TypeVar
 
 import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -24,7 +26,7 @@ from common.records import (
 
 LARGEST = 512 * 2**20  # bytes of a record
 _LARGEST_HEADER = 2**22
-_FIELDS = "record"
+_FIELDS, _MESSAGE = "record", "message"
 
 R = TypeVar("R", PrepareInstruction, TrainInstruction, SiteReply)
 
@@ -49,6 +51,25 @@ def unpack(data: bytes, kind: type[R]) -> R:
     except (SafetensorError, ValueError, TypeError, KeyError):
         raise MalformedRecord("the arrays cannot be read") from None
     return record_of(_fields(data), arrays, kind)
+
+
+def encode(record: Record) -> RecordDict:
+    """A record as the content of a Flower message."""
+    return RecordDict({_MESSAGE: ArrayRecord({_FIELDS: Array(np.frombuffer(pack(record), np.uint8))})})
+
+
+def decode(content: RecordDict, kind: type[R]) -> R:
+    """The record of type `kind` in a Flower message's content.
+
+    Raises MalformedRecord if there is anything but such a record.
+    """
+    try:
+        data = content.array_records[_MESSAGE][_FIELDS].numpy()
+    except Exception:  # Flower and NumPy raise what they like
+        raise MalformedRecord("the message carries no record") from None
+    if data.dtype != np.uint8:
+        raise MalformedRecord("the message carries no bytes")
+    return unpack(data.tobytes(), kind)
 
 
 def _fields(data: bytes) -> dict[str, Any]:

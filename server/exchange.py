@@ -13,7 +13,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common.errors import RunError
-from common.records import Record, encode
+from common.records import Record
+from common.wire import encode
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 1.0  # between two looks for replies
 

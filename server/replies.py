@@ -10,7 +10,8 @@ from collections.abc import Callable
 from flwr.app import Message
 
 from common.errors import InternalFailure
-from common.records import MalformedRecord, SiteReply, decode
+from common.records import MalformedRecord, SiteReply
+from common.wire import decode
 from server.history import SiteOutcome, SiteStatus
 
 Ledger = tuple[int, str]  # row count, hash of the last row

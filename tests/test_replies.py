@@ -6,7 +6,8 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from common.records import SiteReply, encode
+from common.records import SiteReply
+from common.wire import encode
 from server.local_grid import LocalGrid
 from server.replies import claimed_site, judge, ledger_objection
 
@@ -39,7 +40,7 @@ def test_errors_by_number_and_never_by_text(question, code, status, reason):
 
 
 def test_an_ok_reply_and_an_objection_to_it(question):
-    sent = SiteReply(site="alder", code="ok", epsilon=0.5, ledger_rows=3, ledger_head="ab", seconds=0.25)
+    sent = SiteReply(site="alder", code="ok", accuracy=0.5, epsilon=0.5, ledger_rows=3, ledger_head="ab", seconds=0.25)
     outcome, reply = judged(Message(encode(sent), reply_to=question))
     assert reply == sent
     assert (outcome.status, outcome.epsilon, outcome.ledger_rows, outcome.seconds) == ("ok", 0.5, 3, 0.25)
@@ -58,7 +59,11 @@ def test_what_a_site_writes_is_made_safe(question):
 def test_a_malformed_reply(question):
     message = Message(RecordDict({"fields": ConfigRecord({"site": "alder"})}), reply_to=question)
     outcome, reply = judged(message)
-    assert (outcome.status, outcome.reason, reply) == ("rejected", "malformed reply: a part is missing", None)
+    assert (outcome.status, outcome.reason, reply) == (
+        "rejected",
+        "malformed reply: the message carries no record",
+        None,
+    )
     assert claimed_site(message) == ""
     assert claimed_site(Message(Error(2), reply_to=question)) == ""
 

@@ -54,7 +54,7 @@ def test_rounds_follow_the_closed_form(make_plan, tmp_path):
     assert_parameters(tmp_path, plan, rounds=4)
     records = run_history(tmp_path)
     assert [r.round for r in records] == [0, 1, 2, 3, 4]
-    assert list(records[1:]) == recorder.records[1:]
+    assert str(records[1:]) == str(tuple(recorder.records[1:]))  # nan is not equal to itself
     assert [o.site for o in records[2].sites] == list(NAMES)
     assert all(o.status == "ok" and o.ledger_rows == 2 and o.queries == 2 for o in records[2].sites)
     assert records[1].update_norm > records[2].update_norm > 0

@@ -1,4 +1,4 @@
-"""Records as bytes: what goes in comes out, and any other bytes are malformed, never an accident."""
+"""Records as bytes and in Flower's messages: what goes in comes out; anything else is malformed, never an accident."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -17,7 +18,7 @@ from safetensors.numpy import save
 
 import common.wire
 from common.records import MalformedRecord, PrepareInstruction, Record, SiteReply, TrainInstruction
-from common.wire import pack, unpack
+from common.wire import decode, encode, pack, unpack
 
 FLOATS = arrays(np.float32, array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=3))
 NAMES = some.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__" and name.isprintable())
@@ -56,9 +57,39 @@ def container(header: object, body: bytes = b"") -> bytes:
 @given(PREPARE | TRAIN | REPLY)
 def test_a_record_comes_back_as_it_was(record: Record) -> None:
     kind: Any = type(record)
-    back = unpack(pack(record), kind)
-    assert type(back) is type(record)
-    assert all(same(getattr(record, field.name), getattr(back, field.name)) for field in fields(record))
+    for back in (unpack(pack(record), kind), decode(encode(record), kind)):
+        assert type(back) is type(record)
+        assert all(same(getattr(record, field.name), getattr(back, field.name)) for field in fields(record))
+
+
+def message(**parts: ArrayRecord | ConfigRecord) -> RecordDict:
+    """A Flower message's content."""
+    return RecordDict({**parts})
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (message(), "carries no record"),
+        (message(message=ConfigRecord({"record": b"x"})), "carries no record"),
+        (message(message=ArrayRecord()), "carries no record"),
+        (message(message=ArrayRecord({"record": Array("uint8", (3,), "numpy.ndarray", b"not numpy")})), "no record"),
+        (message(message=ArrayRecord({"record": Array(np.zeros(9, np.float32))})), "carries no bytes"),
+        (message(message=ArrayRecord({"record": Array(np.zeros((9, 9), np.uint8))})), "the arrays cannot be read"),
+    ],
+    ids=["empty", "another kind", "no array", "no numpy", "no bytes", "zeros"],
+)
+def test_a_message_without_a_record_is_malformed(content: RecordDict, reason: str) -> None:
+    with pytest.raises(MalformedRecord, match=reason):
+        decode(content, SiteReply)
+
+
+def test_a_message_is_one_array_however_many_a_record_has() -> None:
+    """Flower pays several calls for each."""
+    many = replace(GOOD, shared={str(n): np.zeros(n, np.float32) for n in range(50)})
+    (record,) = encode(many).array_records.values()
+    assert len(record) == 1
+    assert not encode(many).config_records
 
 
 def test_an_array_in_another_order_comes_back_in_value() -> None:

@@ -24,8 +24,9 @@ from common.keys import STUDY, sign
 from common.params import Arrays, digest, to_arrays
 from common.plan import StudyPlan
 from common.plan_rules import EPISODIC
-from common.records import PREPARE, TRAIN, PrepareInstruction, SiteReply, TrainInstruction, decode, encode
+from common.records import PREPARE, TRAIN, PrepareInstruction, SiteReply, TrainInstruction
 from common.starting_point import network_of, starting, travelling
+from common.wire import decode, encode
 from tests.conftest import PlanMaker, SiteMaker, join_lab
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from common.records import PREPARE, TRAIN, PrepareInstruction, SiteReply, TrainInstruction, decode, encode
+from common.records import PREPARE, TRAIN, PrepareInstruction, SiteReply, TrainInstruction
+from common.wire import decode, encode
 
 app = ServerApp()
 
