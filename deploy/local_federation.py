@@ -159,7 +159,7 @@ class LocalFederation:
         except OSError:
             return ""
 
-    def run(self, study: Path, *, minutes: float = 2) -> subprocess.Popen[str]:
+    def run(self, study: Path, *, minutes: float = 5) -> subprocess.Popen[str]:
         """`consilium-lab run` in the background."""
         return subprocess.Popen(
             [

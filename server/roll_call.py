@@ -20,7 +20,7 @@ from server.replies import Ledger, claimed_site, judge, ledger_objection
 
 _AT_LEAST_S = 120.0  # to load images, and to start Ray
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 1.0  # between two looks
-_ASK_AGAIN_S = 15.0  # a site that was not ready
+_ASK_AGAIN_S, _ASK_LATER_S = 15.0, 120.0  # a site that was not ready: at first, and when people take their time
 
 
 class RollCall:
@@ -37,6 +37,7 @@ class RollCall:
         self._asked: dict[str, tuple[int, float]] = {}  # message id -> node, when; not answered yet
         self._last_asked: dict[int, float] = {}  # by node
         self._timeout_s = max(plan.round_timeout_s, _AT_LEAST_S)
+        self._began = time.monotonic()
 
     @property
     def ready(self) -> dict[int, str]:
@@ -75,8 +76,9 @@ class RollCall:
     def ask(self, grid: Grid, *, again: bool) -> None:
         """Send the plan to nodes that were never asked; with `again` also to those that were not ready a while ago."""
         now = time.monotonic()
+        pause_s = min(max(_ASK_AGAIN_S, (now - self._began) / 4), _ASK_LATER_S)
         busy = {node for node, _ in self._asked.values()} | self._ready.keys()
-        just_asked = {n for n, asked_at in self._last_asked.items() if not again or now - asked_at < _ASK_AGAIN_S}
+        just_asked = {n for n, asked_at in self._last_asked.items() if not again or now - asked_at < pause_s}
         nodes = [node for node in sorted(grid.get_node_ids()) if node not in busy | just_asked]
         if not nodes:
             return

@@ -191,7 +191,7 @@ def a_full_disk_a_wrong_clock_and_an_expired_certificate(
     wait_for("the first round", lambda: code("alder") == code("cedar") == "ok")
     if fill is not None:
         fill(True)
-        wait_for("a round without alder", lambda: code("alder") == "failed")
+        wait_for("a round without alder", lambda: code("alder") == "internal-failure")
         fill(False)
         wait_for("alder again", lambda: code("alder") == "ok")
     clock.write_text("-3600")

@@ -1,6 +1,6 @@
 """A node that runs a stranger's code, as the node's own user: it finds no data and no key, and gets nothing released.
 
-Flower's node executes whatever bundle the lab's server sends. Here that code is as hostile as its user allows.
+Consilium's node opens no bundle (test_deployment sends it one); but the wall must hold even if it were taken over.
 """
 
 from __future__ import annotations
