@@ -39,6 +39,8 @@ class PrepareInstruction:
     signer: str  # the lab's public key, hex; empty in simulation
     signature: str
     initial: Arrays  # the whole body and, if shared, the head
+    ledger_rows: int = 0  # what the lab saw of this site's ledger, in whatever study
+    ledger_head: str = ""  # empty: nothing yet
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class TrainInstruction:
     initial_digest: str
     round: int  # 1-based
     shared: Arrays  # the trainable shared parameters
+    ledger_rows: int = 0  # as in PrepareInstruction
+    ledger_head: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,16 @@ def encode(record: Record) -> RecordDict:
         {
             _ARRAYS: ArrayRecord({name: Array(value) for name, value in arrays.items()}),
             _FIELDS: ConfigRecord(fields),
+        }
+    )
+
+
+def with_fields(content: RecordDict, **changes: int | str) -> RecordDict:
+    """An encoded record with other fields and the very same arrays."""
+    return RecordDict(
+        {
+            _ARRAYS: content.array_records[_ARRAYS],
+            _FIELDS: ConfigRecord({**content.config_records[_FIELDS], **changes}),
         }
     )
 

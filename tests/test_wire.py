@@ -23,8 +23,8 @@ FLOATS = arrays(np.float32, array_shapes(min_dims=0, max_dims=4, min_side=0, max
 NAMES = some.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__" and name.isprintable())
 NAMED = some.dictionaries(NAMES, FLOATS, max_size=3)
 TEXT, COUNT, NUMBER = some.text(max_size=20), some.integers(-(2**63), 2**63), some.floats()
-PREPARE = some.builds(PrepareInstruction, TEXT, TEXT, TEXT, NAMED)
-TRAIN = some.builds(TrainInstruction, TEXT, TEXT, COUNT, NAMED)
+PREPARE = some.builds(PrepareInstruction, TEXT, TEXT, TEXT, NAMED, COUNT, TEXT)
+TRAIN = some.builds(TrainInstruction, TEXT, TEXT, COUNT, NAMED, COUNT, TEXT)
 REPLY = some.builds(
     SiteReply, TEXT, TEXT, TEXT, TEXT, TEXT, COUNT, NAMED, NUMBER, COUNT, NUMBER, COUNT, TEXT, NUMBER
 )  # fmt: skip
@@ -131,7 +131,7 @@ def test_a_field_that_is_missing_unknown_or_of_another_type_is_malformed(values:
 
 @pytest.mark.parametrize("kind", [np.float64, np.float16, np.int32, np.uint8, np.bool_])
 def test_only_float32_is_an_array(kind: Any) -> None:
-    values = {"plan_digest": "a", "initial_digest": "b", "round": 1}
+    values = {"plan_digest": "a", "initial_digest": "b", "round": 1, "ledger_rows": 0, "ledger_head": ""}
     assert unpack(with_fields(values, w=np.zeros(2, np.float32)), TrainInstruction).round == 1
     with pytest.raises(MalformedRecord, match="an array is not float32"):
         unpack(with_fields(values, w=np.zeros(2, kind)), TrainInstruction)
