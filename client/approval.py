@@ -30,13 +30,22 @@ def signed_plan(document: SignedDocument, *, lab_key: str) -> StudyPlan:
         raise UntrustedDocument("what the lab signed is no plan that this version can read") from None
 
 
-def submit(state: Path, plan: StudyPlan, document: SignedDocument) -> None:
-    """Keep a verified plan until a person decides; one that was decided, or is there, stays as it is."""
+def submit(state: Path, plan: StudyPlan, document: SignedDocument) -> bool:
+    """Keep a verified plan until a person decides; False for one that was decided, is there, or is one too many."""
     if _file(state, _APPROVED, plan.digest).exists() or _file(state, _PENDING, plan.digest).exists():
-        return
+        return False
     if len(list((state / _PENDING).glob("*.json"))) >= _MOST_PENDING:
-        return
+        return False
     write_atomically(_file(state, _PENDING, plan.digest), document.to_json().encode())
+    return True
+
+
+def known(state: Path, digest: str) -> bool:
+    """Whether a plan of that digest waits here or was approved."""
+    try:
+        return _file(state, _APPROVED, digest).exists() or _file(state, _PENDING, digest).exists()
+    except NotApproved:
+        return False
 
 
 def pending(state: Path) -> Mapping[str, SignedDocument]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from client.cli_network import add_commands
+from client import cli_network, cli_records
 from common.command_line import command_group, run
 
 if TYPE_CHECKING:
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
 app = command_group("Consilium at a hospital: its data stays here.")
 data = command_group("The hospital's images.")
 app.add_typer(data, name="data")
-add_commands(app)
+cli_network.add_commands(app)
+cli_records.add_commands(app)
 
 
 @data.command()
@@ -76,30 +76,6 @@ def _known_details(report: SiteReport) -> Iterator[str]:
             yield f"{title}: {counts}"
     if report.ages:
         yield "age: {:g} to {:g} years".format(*report.ages)
-
-
-@app.command()
-def privacy(
-    folder: Annotated[Path, typer.Argument(help="The site's folder, or the state folder with its ledger.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
-) -> None:
-    """What the patients' privacy budget was spent on. Exit code 1 if the ledger is missing or was changed."""
-    from client.ledger import FILE, Ledger
-    from client.site import load_site_config
-
-    state = folder if (folder / FILE).exists() else folder / load_site_config(folder).state
-    ledger = Ledger.existing(state)
-    charges, spent, terms = ledger.charges(), ledger.spent(), ledger.terms
-    if as_json:
-        rows = [dataclasses.asdict(charge) for charge in charges]
-        typer.echo(json.dumps({"terms": dataclasses.asdict(terms), "spent": spent, "charges": rows}, indent=2))
-        return
-    rounds: dict[str, list[int]] = {}
-    for charge in charges:
-        rounds.setdefault(charge.study, []).append(charge.round)
-    for study, numbers in rounds.items():
-        typer.echo(f"study {study[:12]}: {len(numbers)} rounds charged, {min(numbers)} to {max(numbers)}")
-    typer.echo(f"epsilon {spent:.3f} of {terms.epsilon:g} is spent at delta {terms.delta:.3g}; the unit is the patient")
 
 
 def main() -> None:

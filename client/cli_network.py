@@ -87,6 +87,7 @@ def approve(
     if study is None:
         _list_waiting(state, lab.lab_key, as_json)
         return
+    from client.journal import SiteJournal
     from client.review import review
 
     document = _document(state, study)
@@ -101,7 +102,9 @@ def approve(
         raise reviewed.objection
     if not yes:
         typer.confirm("Approve this study?", abort=True)
-    approval.approve(state, plan, by=by or getpass.getuser(), document=document)
+    person = by or getpass.getuser()
+    SiteJournal.of(state).approved(plan, by=person)  # before it holds: no approval is without its entry
+    approval.approve(state, plan, by=person, document=document)
     if not as_json:
         typer.echo(f"Approved: {plan.study} ({plan.digest[:12]})")
 
@@ -109,9 +112,11 @@ def approve(
 def withdraw(
     study: Annotated[str, typer.Argument(help="The start of an approved study's digest, or its name.")],
     folder: Annotated[Path, typer.Option("--site", help="The site's folder.")] = _HERE,
+    by: Annotated[str | None, typer.Option(help="Who withdraws; left out, the user of this session.")] = None,
 ) -> None:
     """Take an approval back: the worker refuses the study from now on."""
     from client import approval
+    from client.journal import SiteJournal
     from client.site import load_site_config
     from common.errors import Problem, UsageError
     from common.plan import plan_from_json
@@ -125,7 +130,8 @@ def withdraw(
     if len(found) != 1:
         what = "is not approved here" if not found else "could be several: give more of the digest"
         raise UsageError(Problem(f"study {study}", what, "`consilium-site status` lists the approved ones"))
-    approval.withdraw(state, found[0])
+    approval.withdraw(state, found[0])  # first: it holds also where the journal is damaged
+    SiteJournal.of(state).withdrawn(found[0], by=by or getpass.getuser())
     typer.echo(f"Withdrawn: {found[0][:12]}")
 
 

@@ -18,6 +18,7 @@ import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
+from client.journal import SiteJournal
 from client.ledger import Ledger
 from client.membership import MEMBERSHIP_FILE, NODE, NODE_KEY, SITE_KEY, membership_of
 from client.site import SiteConfig, load_site_config
@@ -67,6 +68,7 @@ def examine(folder: Path) -> Iterator[Finding]:
     yield _gpu(config)
     yield _data(folder)
     yield _ledger(folder / config.state)
+    yield _journal(folder / config.state)
     yield _worker(folder)
 
 
@@ -221,6 +223,14 @@ def _ledger(state: Path) -> Finding:
     if ledger is None:
         return Finding("ledger", "ok", "none yet: nothing was spent")
     return Finding("ledger", "ok", f"{len(ledger.charges())} rows, epsilon {ledger.spent():.3f}")
+
+
+def _journal(state: Path) -> Finding:
+    try:
+        entries = SiteJournal.of(state).verify(Ledger.found(state))
+    except ConsiliumError as error:
+        return Finding("journal", "wrong", str(error), "no further round is charged before it is right")
+    return Finding("journal", "ok", f"{len(entries)} entries, none changed")
 
 
 def _worker(folder: Path) -> Finding:

@@ -2,33 +2,37 @@
 
 A charge is written before anything is computed: a failed round is spent, a crash loses budget and never privacy.
 Rows are chained by hashes and live in one SQLite file, so that a row is either whole or absent after any kill, and
-concurrent studies never overspend together.
+concurrent studies never overspend together. Beside it `ledger.opened` notes every row that was written, so that an
+older copy put in the ledger's place is noticed; the journal and the lab notice it where both were put back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from client.grant import Grant
-from common.accounting import Event, epsilon
-from common.errors import BudgetExceeded, InternalFailure, LedgerDamaged, RoundSpent
+from common.accounting import Event, epsilon, epsilon_adaptive
+from common.errors import BudgetExceeded, InternalFailure, LedgerDamaged, LedgerRolledBack, RoundSpent
 
 FILE = "ledger.sqlite"
-_MARKER = "ledger.opened"  # outlives a lost ledger: missing is damaged, never a full budget
+MARKER = "ledger.opened"  # outlives a lost ledger: missing is damaged, never a full budget
 _CLOCK_TOLERANCE_S = 60.0
 _WAIT_S = 60.0  # for another process that is charging
 _PASSING = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY)  # nothing is wrong with the ledger itself
 _START = "0" * 64
+_NOTED = re.compile(r"(\d{1,15}) ([0-9a-f]{64})")
 
 _TABLE = """
 CREATE TABLE entry (
@@ -41,6 +45,8 @@ CREATE TABLE entry (
 )
 """
 
+Row = tuple[int, str, int, str, str]  # number, study, round, body, hash: as it is stored
+
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
@@ -49,6 +55,13 @@ class Terms:
     epsilon: float  # the budget of a patient over all studies
     delta: float
     unit: str = "patient"
+    order: int | None = None  # of a Renyi filter, for parameters that depend on earlier releases; None: PLD
+
+    def spent(self, events: Iterable[Event]) -> float:
+        """Epsilon of `events` together, at the ledger's delta."""
+        if self.order is None:
+            return epsilon(events, self.delta)
+        return epsilon_adaptive(events, self.delta, order=self.order)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +73,25 @@ class Charge:
     study: str  # plan digest
     round: int
     event: Event
+    hash: str  # over this row and, through the one before it, all earlier ones
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A ledger's rows, verified."""
+
+    rows: tuple[Row, ...]  # the opening row first
+    terms: Terms
+    charges: tuple[Charge, ...]
+
+    @property
+    def head(self) -> tuple[int, str]:
+        """(number of charges, hash of the last row)."""
+        return len(self.charges), self.rows[-1][4]
+
+    def holds(self, rows: int, head: str) -> bool:
+        """Whether this ledger, when it had `rows` charges, had this `head`."""
+        return 0 <= rows <= len(self.charges) and self.rows[rows][4] == head
 
 
 @dataclass(frozen=True)
@@ -73,17 +105,18 @@ class Ledger:
     def open(folder: Path, terms: Terms) -> Ledger:
         """Open the ledger in `folder`; create it if none was ever there.
 
-        Raises LedgerDamaged if it is missing though it was there, cannot be read, was changed, or has other terms.
+        Raises LedgerDamaged if it is missing though it was there, cannot be read, was changed, is an older copy, or
+        has other terms.
         """
         _check_terms(terms)
         ledger = Ledger(folder, terms)
         if not (folder / FILE).exists():
-            if (folder / _MARKER).exists():
+            if (folder / MARKER).exists():
                 raise LedgerDamaged(f"{folder / FILE} is missing, but it was opened before: restore it from its backup")
             _create(folder, terms)
-        with ledger._transaction() as connection:
-            ledger._read(connection)
-        _write_marker(folder)
+        head = ledger.head()
+        if head not in noted_rows(folder):
+            note_rows(folder, *head)
         return ledger
 
     @staticmethod
@@ -92,12 +125,9 @@ class Ledger:
 
         Raises LedgerDamaged if there is none, or it was changed.
         """
-        ledger = Ledger(folder, Terms(epsilon=math.inf, delta=1.0))
-        with ledger._transaction() as connection:
-            rows = connection.execute("SELECT body FROM entry WHERE number = 0").fetchall()
-        if not rows:
-            raise LedgerDamaged(f"{folder / FILE} holds no opening row")
-        ledger = Ledger(folder, Terms(**json.loads(rows[0][0])))
+        with _transaction(folder / FILE) as connection:
+            chain = verified_chain(_rows(connection), folder / FILE)
+        ledger = Ledger(folder, chain.terms)
         ledger.charges()
         return ledger
 
@@ -113,136 +143,197 @@ class Ledger:
         LedgerDamaged, or ValueError for an event that is no mechanism.
         """
         _check_event(event)
-        with self._transaction() as connection:
-            charges, head = self._read(connection)
-            if any(charge.study == study and charge.round == round for charge in charges):
+        with _transaction(self.folder / FILE) as connection:
+            chain = self._read(connection)
+            if any(charge.study == study and charge.round == round for charge in chain.charges):
                 raise RoundSpent(f"study {study[:12]} round {round} was charged before")
-            after = epsilon([*(charge.event for charge in charges), event], self.terms.delta)
+            after = self.terms.spent([*(charge.event for charge in chain.charges), event])
             if not after <= self.terms.epsilon:
                 raise BudgetExceeded(
                     f"round {round} of study {study[:12]} would bring epsilon to {after:.4f}; "
                     f"the budget is {self.terms.epsilon:.4f} at delta {self.terms.delta:.3g}"
                 )
-            last = charges[-1].time if charges else 0.0
-            entry = Charge(number=len(charges) + 1, time=_now(last), study=study, round=round, event=event)
-            _append(connection, entry, head)
+            now = _now(chain.charges[-1].time if chain.charges else 0.0)
+            row = next_row(chain.rows[-1], time=now, study=study, round=round, event=event)
+            _append(connection, row)
+        note_rows(self.folder, row[0], row[4])
         return Grant(event.count)
 
     def charges(self) -> tuple[Charge, ...]:
         """All rows, verified."""
-        with self._transaction() as connection:
-            return self._read(connection)[0]
+        return self.chain().charges
 
     def spent(self) -> float:
-        """Epsilon of all charges together, by PLD, at the ledger's delta."""
-        return epsilon([charge.event for charge in self.charges()], self.terms.delta)
+        """Epsilon of all charges together, at the ledger's delta."""
+        return self.terms.spent(charge.event for charge in self.charges())
 
     def head(self) -> tuple[int, str]:
         """(row count, hash of the last row): goes to the lab with each reply, so that a rollback is noticed."""
-        with self._transaction() as connection:
-            charges, head = self._read(connection)
-        return len(charges), head
+        return self.chain().head
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """An immediate transaction: one process at a time, committed whole or not at all."""
-        try:
-            connection = sqlite3.connect(
-                f"file:{self.folder / FILE}?mode=rw", uri=True, timeout=_WAIT_S, isolation_level=None
-            )
-        except sqlite3.Error as error:
-            raise LedgerDamaged(f"{self.folder / FILE} cannot be opened: {error}") from None
-        try:
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("BEGIN IMMEDIATE")
-            yield connection
-            connection.execute("COMMIT")
-        except sqlite3.DatabaseError as error:
-            passing = getattr(error, "sqlite_errorcode", 0) & 0xFF in _PASSING
-            raise (InternalFailure if passing else LedgerDamaged)(f"{self.folder / FILE}: {error}") from None
-        finally:
-            connection.close()  # rolls back what was not committed
+    def chain(self) -> Chain:
+        """All rows and what they say, verified."""
+        with _transaction(self.folder / FILE) as connection:
+            return self._read(connection)
 
-    def _read(self, connection: sqlite3.Connection) -> tuple[tuple[Charge, ...], str]:
-        """Every charge and the head, after checking the chain and the terms."""
-        rows = connection.execute("SELECT number, study, round, body, hash FROM entry ORDER BY number").fetchall()
-        head, last, charges = _START, 0.0, []
-        for position, (number, study, round_, body, digest) in enumerate(rows):
-            if number != position or digest != _hash(number, head, body):
-                raise LedgerDamaged(f"{self.folder / FILE}: row {position} was changed, or a row is missing")
-            head = digest
-            if number == 0:
-                self._check_opening(body)
-                continue
-            charge = _parse(number, body)
-            if (charge.study, charge.round) != (study, round_) or charge.time < last:
-                raise LedgerDamaged(
-                    f"{self.folder / FILE}: row {position} contradicts itself or its time runs backwards"
-                )
-            last = charge.time
-            charges.append(charge)
-        if not rows:
-            raise LedgerDamaged(f"{self.folder / FILE} holds no opening row")
-        return tuple(charges), head
+    def require_holds(self, rows: int, head: str, *, witness: str) -> None:
+        """Raise LedgerRolledBack unless this ledger, when it had `rows` charges, had this `head`."""
+        if not self.chain().holds(rows, head):
+            raise rolled_back(self.folder / FILE, rows, witness)
 
-    def _check_opening(self, body: str) -> None:
-        opened = json.loads(body)
-        if opened != asdict(self.terms):
-            raise LedgerDamaged(f"{self.folder / FILE} was opened with {opened}, not with {asdict(self.terms)}")
+    def _read(self, connection: sqlite3.Connection) -> Chain:
+        """Every row, after checking the chain, the terms and what was noted of it."""
+        file = self.folder / FILE
+        chain = verified_chain(_rows(connection), file)
+        if chain.terms != self.terms:
+            raise LedgerDamaged(f"{file} was opened with {chain.terms}, not with {self.terms}")
+        for rows, head in noted_rows(self.folder):
+            if not chain.holds(rows, head):
+                raise rolled_back(file, rows, MARKER)
+        return chain
+
+
+def read_chain(file: Path, *, mode: Literal["ro", "rw"] = "ro") -> Chain:
+    """The ledger in any file, verified as far as it can be alone. A killed charge is taken back with "rw" only.
+
+    Raises LedgerDamaged.
+    """
+    with _transaction(file, mode=mode) as connection:
+        return verified_chain(_rows(connection), file)
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """A ledger with these rows as a new file; on disk when this returns."""
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(_TABLE)
+        for row in rows:
+            _append(connection, row)
+        connection.execute("COMMIT")
+    finally:
+        connection.close()
+
+
+def next_row(last: Row, *, time: float, study: str, round: int, event: Event) -> Row:
+    """The row of a charge, chained to the `last` one."""
+    body = json.dumps({"time": time, "study": study, "round": round, **asdict(event)}, sort_keys=True)
+    return last[0] + 1, study, round, body, _hash(last[0] + 1, last[4], body)
+
+
+def note_rows(folder: Path, rows: int, head: str) -> None:
+    """Note, durably, that the ledger had `rows` charges and this head; in any order, by any process."""
+    with open(folder / MARKER, "ab") as marker:
+        marker.write(f"\n{rows} {head}\n".encode())  # a line of its own, also after one that a crash tore
+        marker.flush()
+        os.fsync(marker.fileno())
+
+
+def noted_rows(folder: Path) -> set[tuple[int, str]]:
+    """All that was noted; a torn line says nothing."""
+    try:
+        lines = (folder / MARKER).read_text(errors="replace").split("\n")
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise LedgerDamaged(f"{folder / MARKER}: {error.strerror}") from None
+    return {(int(match[1]), match[2]) for match in map(_NOTED.fullmatch, lines) if match}
+
+
+def rolled_back(file: Path, rows: int, witness: str) -> LedgerRolledBack:
+    """The ledger lacks what somebody saw in it."""
+    what = f"{file} does not hold row {rows} as {witness} knows it: it is an older copy, or another ledger"
+    return LedgerRolledBack(f"{what}; `consilium-site ledger restore` the newest backup")
+
+
+@contextmanager
+def _transaction(file: Path, *, mode: str = "rw") -> Iterator[sqlite3.Connection]:
+    """A transaction: one process at a time may write, and what it wrote is committed whole or not at all."""
+    try:
+        connection = sqlite3.connect(
+            f"{file.absolute().as_uri()}?mode={mode}", uri=True, timeout=_WAIT_S, isolation_level=None
+        )
+    except sqlite3.Error as error:
+        raise LedgerDamaged(f"{file} cannot be opened: {error}") from None
+    try:
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("BEGIN IMMEDIATE" if mode == "rw" else "BEGIN")
+        yield connection
+        connection.execute("COMMIT")
+    except sqlite3.Error as error:
+        passing = getattr(error, "sqlite_errorcode", 0) & 0xFF in _PASSING
+        raise (InternalFailure if passing else LedgerDamaged)(f"{file}: {error}") from None
+    finally:
+        connection.close()  # rolls back what was not committed
+
+
+def _rows(connection: sqlite3.Connection) -> tuple[Row, ...]:
+    return tuple(connection.execute("SELECT number, study, round, body, hash FROM entry ORDER BY number"))
+
+
+def verified_chain(rows: tuple[Row, ...], file: Path) -> Chain:
+    """What `rows` say, if each is chained to the one before it. Raises LedgerDamaged."""
+    if not rows:
+        raise LedgerDamaged(f"{file} holds no opening row")
+    head, last, charges = _START, 0.0, []
+    for position, (number, study, round_, body, digest) in enumerate(rows):
+        if number != position or digest != _hash(number, head, body):
+            raise LedgerDamaged(f"{file}: row {position} was changed, or a row is missing")
+        head = digest
+        if number == 0:
+            continue
+        charge = _charge(number, body, digest, file)
+        if (charge.study, charge.round) != (study, round_) or charge.time < last:
+            raise LedgerDamaged(f"{file}: row {position} contradicts itself or its time runs backwards")
+        last = charge.time
+        charges.append(charge)
+    return Chain(rows, _terms(rows[0][3], file), tuple(charges))
 
 
 def _create(folder: Path, terms: Terms) -> None:
     """A ledger with its opening row, complete before it gets its name."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{FILE}.{os.getpid()}.tmp"
-    temporary.unlink(missing_ok=True)
-    connection = sqlite3.connect(temporary, isolation_level=None)
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("BEGIN IMMEDIATE")
-    connection.execute(_TABLE)
     body = json.dumps(asdict(terms), sort_keys=True)
-    connection.execute("INSERT INTO entry VALUES (0, '', 0, ?, ?)", (body, _hash(0, _START, body)))
-    connection.execute("COMMIT")
-    connection.close()
-    os.link(temporary, folder / FILE)  # fails, rather than replaces, if another process was first
+    write_rows(temporary, [(0, "", 0, body, _hash(0, _START, body))])
+    with contextlib.suppress(FileExistsError):  # another process was first: its ledger holds
+        os.link(temporary, folder / FILE)
     temporary.unlink()
 
 
-def _write_marker(folder: Path) -> None:
-    with open(folder / _MARKER, "a") as marker:
-        os.fsync(marker.fileno())
+def _append(connection: sqlite3.Connection, row: Row) -> None:
+    connection.execute("INSERT INTO entry VALUES (?, ?, ?, ?, ?)", row)
 
 
-def _append(connection: sqlite3.Connection, entry: Charge, head: str) -> None:
-    body = json.dumps(
-        {"time": entry.time, "study": entry.study, "round": entry.round, **asdict(entry.event)}, sort_keys=True
-    )
-    connection.execute(
-        "INSERT INTO entry VALUES (?, ?, ?, ?, ?)",
-        (entry.number, entry.study, entry.round, body, _hash(entry.number, head, body)),
-    )
-
-
-def _parse(number: int, body: str) -> Charge:
+def _charge(number: int, body: str, digest: str, file: Path) -> Charge:
     try:
         fields: dict[str, Any] = json.loads(body)
         event = Event(
             sample_rate=fields["sample_rate"], noise_multiplier=fields["noise_multiplier"], count=fields["count"]
         )
         _check_event(event)
-        return Charge(
-            number=number,
-            time=float(fields["time"]),
-            study=str(fields["study"]),
-            round=int(fields["round"]),
-            event=event,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise LedgerDamaged(f"row {number} is no charge: {error}") from None
+        at, study, round_ = float(fields["time"]), fields["study"], fields["round"]
+        if not math.isfinite(at) or type(study) is not str or type(round_) is not int:
+            raise ValueError("time, study and round are not of their types")
+        return Charge(number=number, time=at, study=study, round=round_, event=event, hash=digest)
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise LedgerDamaged(f"{file}: row {number} is no charge: {error}") from None
+
+
+def _terms(body: str, file: Path) -> Terms:
+    try:
+        terms = Terms(**json.loads(body))
+        _check_terms(terms)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise LedgerDamaged(f"{file}: the opening row says no terms: {error}") from None
+    return terms
 
 
 def _hash(number: int, previous: str, body: str) -> str:
-    return hashlib.sha256(f"{number}\n{previous}\n{body}".encode()).hexdigest()
+    return hashlib.sha256(f"{number}\n{previous}\n{body}".encode(errors="surrogatepass")).hexdigest()
 
 
 def _now(last: float) -> float:
@@ -256,8 +347,12 @@ def _now(last: float) -> float:
 def _check_event(event: Event) -> None:
     if not (0 < event.sample_rate <= 1) or not (0 < event.noise_multiplier < math.inf) or event.count < 1:
         raise ValueError(f"not a Poisson-sampled Gaussian: {event}")
+    if type(event.count) is not int:
+        raise ValueError(f"not a number of queries: {event}")
 
 
 def _check_terms(terms: Terms) -> None:
     if not (0 < terms.epsilon < math.inf) or not (0 < terms.delta < 1) or terms.unit != "patient":
         raise ValueError(f"not terms of a ledger: {terms}")
+    if terms.order is not None and (type(terms.order) is not int or terms.order < 2):
+        raise ValueError(f"not the order of a filter: {terms}")

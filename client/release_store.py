@@ -40,6 +40,10 @@ class ReleaseStore:
         tensors, metadata = load_checkpoint(self._file(round), None)
         return SiteReply(**json.loads(metadata["reply"]), update=to_arrays(_under(_UPDATE, tensors)))
 
+    def rounds(self) -> list[int]:
+        """The rounds of which a release is stored."""
+        return sorted(int(file.stem.removeprefix("round-")) for file in self.folder.glob("round-*.safetensors"))
+
     def kept_before(self, round: int) -> Params | None:
         """What the last release before `round` left at the site, or None."""
         earlier = [r for r in range(round - 1, 0, -1) if self._file(r).exists()]

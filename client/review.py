@@ -10,7 +10,7 @@ from typing import Any
 from client.ledger import Ledger
 from client.limits import cost_here, require_within
 from client.site import load_site_config
-from common.accounting import Event, PrivacyCost, epsilon, queries_per_round
+from common.accounting import Event, PrivacyCost, queries_per_round
 from common.errors import Refusal
 from common.plan import StudyPlan
 from common.plan_in_words import plan_in_words
@@ -71,13 +71,13 @@ def review(folder: Path, plan: StudyPlan) -> Review:
     coming = []
     if cost is not None and queries_per_round(plan):
         coming = [Event(cost.sample_rate, cost.noise_multiplier, queries_per_round(plan) * plan.rounds)]
-    delta = config.budget.delta
+    terms = ledger.terms if ledger else config.budget.terms()
     return Review(
         plan=plan,
         sentences=_sentences(plan, cost),
         cost=cost,
-        spent=epsilon(charged, delta) if charged else 0.0,
-        after=epsilon([*charged, *coming], delta) if charged or coming else 0.0,
+        spent=terms.spent(charged),
+        after=terms.spent([*charged, *coming]),
         budget=config.budget.epsilon,
         objection=objection,
     )

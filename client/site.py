@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from client.ledger import Terms
+from common.accounting import filter_order
 from common.errors import DataError, UsageError
 from common.names import Name
 from common.plan import AlgorithmName, TaskKind
@@ -34,6 +36,17 @@ class Budget(Strict):
 
     epsilon: Annotated[float, Field(gt=0)]
     delta: Annotated[float, Field(gt=0, lt=1)]
+    mode: Literal["plan", "filter"] = "plan"  # filter: also for studies whose parameters follow earlier releases
+
+    @model_validator(mode="after")
+    def _bears_something(self) -> Budget:
+        self.terms()
+        return self
+
+    def terms(self) -> Terms:
+        """What the site's ledger is opened with."""
+        order = filter_order(epsilon=self.epsilon, delta=self.delta) if self.mode == "filter" else None
+        return Terms(epsilon=self.epsilon, delta=self.delta, order=order)
 
 
 class Limits(Strict):

@@ -13,7 +13,7 @@ import torch
 
 from client.data.load import load_site
 from client.grant import Grant
-from client.ledger import Ledger, Terms
+from client.ledger import Ledger
 from client.private_data import Mechanism, Patients, PrivateDataset, Unprotected
 from client.release_store import ReleaseStore
 from client.site import SiteConfig
@@ -154,7 +154,7 @@ def _ledger(state: Path, config: SiteConfig, plan: StudyPlan) -> Ledger | None:
     """The hospital's ledger under the hospital's own budget; none is needed without privacy."""
     if plan.privacy is None:
         return None
-    return Ledger.open(state, Terms(epsilon=config.budget.epsilon, delta=config.budget.delta))
+    return Ledger.open(state, config.budget.terms())
 
 
 def _require_fit(arrays: Arrays, template: Params) -> None:

@@ -6,6 +6,7 @@ Whatever goes wrong leaves the site as a code and a data-free reason; the rest g
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 from client import approval
 from client.grant import Grant
+from client.journal import SiteJournal
 from client.ledger import Ledger
 from client.limits import require_open, require_within
 from client.membership import membership_of
@@ -45,6 +47,7 @@ class Worker:
         self._studies: dict[str, Study] = {}
         self._spent_at: tuple[tuple[int, str], float] = ((0, ""), 0.0)  # ledger head -> epsilon
         self._log = _site_log(state)
+        self._journal = SiteJournal(None) if simulated else SiteJournal.of(state)
 
     @property
     def site(self) -> str:
@@ -52,11 +55,12 @@ class Worker:
 
     def prepare(self, instruction: PrepareInstruction) -> SiteReply:
         """Check the plan against approval and data, and get ready for its rounds."""
-        return self._answer(lambda: self._prepare(instruction))
+        digest = hashlib.sha256(instruction.plan_json.encode(errors="replace")).hexdigest()
+        return self._answer(digest, lambda: self._prepare(instruction))
 
     def train(self, instruction: TrainInstruction) -> SiteReply:
         """The site's release for one round: charged and computed once, sent as often as it is asked for."""
-        return self._answer(lambda: self._train(instruction))
+        return self._answer(instruction.plan_digest, lambda: self._train(instruction))
 
     def _prepare(self, instruction: PrepareInstruction) -> SiteReply:
         sent = self._sent_plan(instruction)
@@ -66,10 +70,20 @@ class Worker:
         if self._simulated:
             approval.approve(self._state, sent, by="simulation")
         plan = approval.require(self._state, sent.digest)
-        self._studies[plan.digest] = open_study(self._folder, self._state, self._config, plan, instruction.initial)
+        study = open_study(self._folder, self._state, self._config, plan, instruction.initial)
+        _require_seen(study.ledger, instruction)
+        self._studies[plan.digest] = study
         if not self._simulated:  # a worker that starts again goes on by itself
             save_checkpoint(self._start_file(plan.digest), to_tensors(instruction.initial), {})
-        return SiteReply(site=self.site, code="ok", version=software_version(), plan_digest=plan.digest)
+        rows, head = study.ledger.head() if study.ledger else (0, "")
+        return SiteReply(
+            site=self.site,
+            code="ok",
+            version=software_version(),
+            plan_digest=plan.digest,
+            ledger_rows=rows,
+            ledger_head=head,
+        )
 
     def _sent_plan(self, instruction: PrepareInstruction) -> StudyPlan:
         """The plan that was sent; at a real site signed by the lab that it joined, and kept for a person to approve."""
@@ -81,7 +95,8 @@ class Worker:
                 raise BadInstruction(f"the plan is not as the lab signed it: {error}") from None
             except UsageError as error:
                 raise BadInstruction(str(error)) from None
-            approval.submit(self._state, plan, document)
+            if approval.submit(self._state, plan, document):
+                self._journal.asked(plan, document)
             return plan
         try:
             return plan_from_json(instruction.plan_json)
@@ -93,11 +108,14 @@ class Worker:
         stored = study.releases.load(instruction.round)
         if stored is not None:
             return stored
+        self._journal.write_up(study.plan.digest, study.ledger, study.releases)  # or refuse, before the charge
         started = time.monotonic()
         grant = study.charge(instruction.round)
+        self._write_up(study)
         outcome = study.query(instruction.round, instruction.shared, grant)
         reply = self._reply(study, instruction.round, outcome, grant, seconds=time.monotonic() - started)
         study.releases.store(reply, outcome.kept)
+        self._write_up(study)
         return reply
 
     def _verified(self, instruction: TrainInstruction) -> Study:
@@ -110,6 +128,7 @@ class Worker:
         if not 1 <= instruction.round <= study.plan.rounds:
             raise BadInstruction(f"round {instruction.round} of {study.plan.rounds}")
         study.require_fit(instruction.shared)
+        _require_seen(study.ledger, instruction)
         return study
 
     def _reopened(self, plan: StudyPlan) -> Study | None:
@@ -163,8 +182,15 @@ class Worker:
             seconds=max(_FASTEST_S, 2.0 ** math.ceil(math.log2(seconds))),
         )
 
-    def _answer(self, compute: Callable[[], SiteReply]) -> SiteReply:
-        """No exception text leaves the site."""
+    def _write_up(self, study: Study) -> None:
+        """In the journal, for the record; what the patients paid for is not lost to it."""
+        try:
+            self._journal.write_up(study.plan.digest, study.ledger, study.releases)
+        except Exception:
+            self._log.exception("the journal lacks what was charged or released; no further round is charged")
+
+    def _answer(self, study: str, compute: Callable[[], SiteReply]) -> SiteReply:
+        """No exception text leaves the site; a refusal is told in its journal."""
         try:
             return compute()
         except Refusal as refusal:
@@ -173,7 +199,20 @@ class Worker:
         except Exception:
             self._log.exception("failed")
             answer = InternalFailure()
+        self._tell(answer, study if approval.known(self._state, study) else "")
         return SiteReply(site=self.site, code=answer.code, reason=answer.public_reason, version=software_version())
+
+    def _tell(self, refusal: Refusal, study: str) -> None:
+        try:
+            self._journal.refused(refusal, study=study)
+        except Exception:
+            self._log.exception("the journal lacks this refusal")
+
+
+def _require_seen(ledger: Ledger | None, instruction: PrepareInstruction | TrainInstruction) -> None:
+    """Raise LedgerRolledBack, before anything is charged, if the lab saw rows that this ledger does not hold."""
+    if ledger is not None and instruction.ledger_head:
+        ledger.require_holds(instruction.ledger_rows, instruction.ledger_head, witness="the lab")
 
 
 def _site_log(state: Path) -> logging.Logger:

@@ -21,6 +21,7 @@ from common.plan import PrivacySpec, StudyPlan
 _DISCRETISATION = 1e-3  # of the privacy loss
 _HOPELESS = 100.0  # an RDP epsilon above this is returned as it is: PLD takes minutes there, and nothing is promised
 _RDP_ORDERS = (*(1 + x / 10 for x in range(10, 99)), *range(11, 64), 128, 256, 512, 1024)  # below 2 few converge
+_HIGHEST_ORDER = 4096  # of a filter
 _LEAST_NOISE, _MOST_NOISE = 100, 10_000_000  # thousandths: where a noise multiplier is looked for
 
 
@@ -68,6 +69,37 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
 def epsilon_rdp(events: Iterable[Event], delta: float) -> float:
     """The same by RDP."""
     return _epsilon_rdp(_grouped(events), _checked(delta))
+
+
+def epsilon_adaptive(events: Iterable[Event], delta: float, *, order: int) -> float:
+    """Epsilon at `delta` of events whose parameters may depend on the releases before them.
+
+    A Renyi filter (Feldman, Zrnic 2021, arXiv:2008.11193): if the Renyi divergences of one `order`, fixed before the
+    first event, never sum to more than a bound, all events together are Renyi private to that bound, however each was
+    chosen. PLD has no such theorem for sampled Gaussians. Epsilon is that of the sum (Canonne, Kamath, Steinke 2020).
+    """
+    return _epsilon_rdp(_grouped(events), _checked(delta), (order,))
+
+
+@lru_cache
+def filter_order(*, epsilon: float, delta: float) -> int:
+    """The order of a filter: the integer at which a budget bears the most Gaussian queries.
+
+    A Gaussian query's divergence grows with its order, a * r, and so does a sampled one's where it is private enough to
+    be of use. A budget bears R(a) = (epsilon - log(1 - 1/a) + log(delta * a) / (a - 1)) / a of r: whatever q, z and the
+    number of queries, R has one maximum. An integer, for only those have an exact sum (Mironov 2019).
+
+    Raises ValueError if the budget bears nothing at any order.
+    """
+    budget = epsilon
+
+    def borne(order: int) -> float:
+        return (budget - math.log1p(-1 / order) + math.log(delta * order) / (order - 1)) / order
+
+    best = max(range(2, _HIGHEST_ORDER), key=borne)
+    if not borne(best) > 0:
+        raise ValueError(f"a filter bears nothing within epsilon {epsilon:g} at delta {delta:.3g}: raise one of them")
+    return best
 
 
 @lru_cache(maxsize=1024)
@@ -184,12 +216,12 @@ def _epsilon(groups: tuple[Group, ...], delta: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _epsilon_rdp(groups: tuple[Group, ...], delta: float) -> float:
+def _epsilon_rdp(groups: tuple[Group, ...], delta: float, orders: tuple[float, ...] = _RDP_ORDERS) -> float:
     from dp_accounting.rdp import RdpAccountant
 
     if not groups:
         return 0.0
-    return _composed(RdpAccountant(_RDP_ORDERS, _zero_out()), groups, delta)
+    return _composed(RdpAccountant(orders, _zero_out()), groups, delta)
 
 
 def _composed(accountant: Any, groups: tuple[Group, ...], delta: float) -> float:

@@ -14,6 +14,8 @@ ConsiliumError                 exit code 1
 │   ├── BudgetExceeded         the ledger's budget would be overspent
 │   ├── RoundSpent             the round was charged, and its release was lost
 │   ├── LedgerDamaged          the ledger is missing, torn or was changed
+│   │   └── LedgerRolledBack   it lacks rows that were seen in it: an older copy was put back
+│   ├── JournalDamaged         the journal was changed, or cannot be written
 │   ├── UnchargedQuery         more private queries than were charged
 │   ├── BadInstruction         the instruction contradicts the plan
 │   └── InternalFailure        anything else; the reason stays at the site
@@ -132,6 +134,16 @@ class RoundSpent(Refusal):
 class LedgerDamaged(Refusal):
     code = "ledger-damaged"
     public_reason = "the site's privacy ledger is missing or damaged"
+
+
+class LedgerRolledBack(LedgerDamaged):
+    code = "ledger-rolled-back"
+    public_reason = "the site's privacy ledger lacks rows that were seen in it: an older copy was put back"
+
+
+class JournalDamaged(Refusal):
+    code = "journal-damaged"
+    public_reason = "the site's journal is damaged"
 
 
 class UnchargedQuery(Refusal):

@@ -36,6 +36,8 @@ class PrepareInstruction:
     signer: str  # the lab's public key, hex; empty in simulation
     signature: str
     initial: Arrays  # the whole body and, if shared, the head
+    ledger_rows: int = 0  # what the lab saw of this site's ledger, in whatever study
+    ledger_head: str = ""  # empty: nothing yet
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class TrainInstruction:
     initial_digest: str
     round: int  # 1-based
     shared: Arrays  # the trainable shared parameters
+    ledger_rows: int = 0  # as in PrepareInstruction
+    ledger_head: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Records as bytes: safetensors for the arrays, JSON in its header for the rest. Nothing in it can be executed.
 
-The same bytes cross the wall between a hospital's node and its worker, and travel in Flower's messages: there as one
-array, since Flower stores, sends and fetches each array of a message by calls of its own.
+Both crossings take it: the wall between a hospital's node and its worker, and Flower's messages.
 """
 
 from __future__ import annotations
@@ -10,11 +9,12 @@ import json
 from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from common.records import (
+    Arrays,
     MalformedRecord,
     PrepareInstruction,
     Record,
@@ -26,7 +26,7 @@ from common.records import (
 
 LARGEST = 512 * 2**20  # bytes of a record
 _LARGEST_HEADER = 2**22
-_FIELDS, _MESSAGE = "record", "message"
+_FIELDS, _ARRAYS = "record", "arrays"
 
 R = TypeVar("R", PrepareInstruction, TrainInstruction, SiteReply)
 
@@ -34,9 +34,7 @@ R = TypeVar("R", PrepareInstruction, TrainInstruction, SiteReply)
 def pack(record: Record) -> bytes:
     """A record as bytes."""
     fields, arrays = fields_and_arrays(record)
-    plain = {name: np.asarray(value, order="C") for name, value in arrays.items()}  # save mixes up any other order
-    packed: bytes = save(plain, metadata={_FIELDS: json.dumps(fields)})
-    return packed
+    return _save(arrays, metadata={_FIELDS: json.dumps(fields)})
 
 
 def unpack(data: bytes, kind: type[R]) -> R:
@@ -44,18 +42,24 @@ def unpack(data: bytes, kind: type[R]) -> R:
 
     Raises MalformedRecord if it is too large, torn, or anything but such a record.
     """
-    if len(data) > LARGEST:
-        raise MalformedRecord("the record is too large")
-    try:
-        arrays = load(data)
-    except (SafetensorError, ValueError, TypeError, KeyError):
-        raise MalformedRecord("the arrays cannot be read") from None
-    return record_of(_fields(data), arrays, kind)
+    arrays = _load(data)
+    return record_of(_parse(_metadata(data)), arrays, kind)
 
 
 def encode(record: Record) -> RecordDict:
-    """A record as the content of a Flower message."""
-    return RecordDict({_MESSAGE: ArrayRecord({_FIELDS: Array(np.frombuffer(pack(record), np.uint8))})})
+    """A record as the content of a Flower message.
+
+    All arrays are one there, for Flower stores, sends and fetches each by calls of its own; the fields stand beside it,
+    so that messages with the same arrays share what Flower stores.
+    """
+    fields, arrays = fields_and_arrays(record)
+    return _content(Array(np.frombuffer(_save(arrays), np.uint8)), fields)
+
+
+def with_fields(content: RecordDict, **changes: int | str) -> RecordDict:
+    """An encoded record with other fields and the very same arrays."""
+    fields = _parse(content.config_records[_FIELDS][_FIELDS])
+    return _content(content.array_records[_ARRAYS][_ARRAYS], fields | changes)
 
 
 def decode(content: RecordDict, kind: type[R]) -> R:
@@ -64,22 +68,51 @@ def decode(content: RecordDict, kind: type[R]) -> R:
     Raises MalformedRecord if there is anything but such a record.
     """
     try:
-        data = content.array_records[_MESSAGE][_FIELDS].numpy()
+        data, fields = content.array_records[_ARRAYS][_ARRAYS].numpy(), content.config_records[_FIELDS][_FIELDS]
     except Exception:  # Flower and NumPy raise what they like
         raise MalformedRecord("the message carries no record") from None
     if data.dtype != np.uint8:
         raise MalformedRecord("the message carries no bytes")
-    return unpack(data.tobytes(), kind)
+    return record_of(_parse(fields), _load(data.tobytes()), kind)
 
 
-def _fields(data: bytes) -> dict[str, Any]:
-    """The header's metadata; safetensors puts 8 bytes of length before it."""
-    length = int.from_bytes(data[:8], "little")
+def _content(arrays: Array, fields: dict[str, Any]) -> RecordDict:
+    return RecordDict({_ARRAYS: ArrayRecord({_ARRAYS: arrays}), _FIELDS: ConfigRecord({_FIELDS: json.dumps(fields)})})
+
+
+def _save(arrays: Arrays, metadata: dict[str, str] | None = None) -> bytes:
+    plain = {name: np.asarray(value, order="C") for name, value in arrays.items()}  # save mixes up any other order
+    packed: bytes = save(plain, metadata=metadata)
+    return packed
+
+
+def _load(data: bytes) -> Arrays:
+    if len(data) > LARGEST:
+        raise MalformedRecord("the record is too large")
     try:
-        if length > _LARGEST_HEADER:
-            raise ValueError
-        fields = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_FIELDS])
+        arrays: Arrays = load(data)
+    except (SafetensorError, ValueError, TypeError, KeyError):
+        raise MalformedRecord("the arrays cannot be read") from None
+    return arrays
+
+
+def _metadata(data: bytes) -> object:
+    """The fields in the header's metadata; safetensors puts 8 bytes of length before it."""
+    length = int.from_bytes(data[:8], "little")
+    if length > _LARGEST_HEADER:
+        raise MalformedRecord("the fields cannot be read")
+    try:
+        return json.loads(data[8 : 8 + length])["__metadata__"][_FIELDS]
     except (ValueError, KeyError, TypeError, RecursionError):
+        raise MalformedRecord("the fields cannot be read") from None
+
+
+def _parse(text: object) -> dict[str, Any]:
+    if not isinstance(text, str) or len(text) > _LARGEST_HEADER:
+        raise MalformedRecord("the fields cannot be read")
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
         raise MalformedRecord("the fields cannot be read") from None
     if not isinstance(fields, dict):
         raise MalformedRecord("the fields cannot be read")

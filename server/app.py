@@ -12,7 +12,7 @@ from common.errors import ConsiliumError, Problem, UsageError
 from common.keys import STUDY, read_signed
 from common.plan import plan_from_json
 from server.observer import Observer, Unobserved
-from server.orders import SIGNED, START, order_of, write_outcome
+from server.orders import SIGNED, START, ledgers_of, order_of, write_outcome
 from server.strategy import ConsiliumStrategy, RunSettings
 
 
@@ -58,4 +58,5 @@ def _settings(folder: Path) -> RunSettings:
         nodes=0,
         wait_s=order.wait_s,
         signed=signed,
+        ledgers=ledgers_of(folder),
     )

@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common.errors import RunError
 from common.records import Record
-from common.wire import encode
+from common.wire import encode, with_fields
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 1.0  # between two looks for replies
 
 
-def address(record: Record, message_type: str, nodes: Iterable[int], *, timeout_s: float) -> list[Message]:
-    """`record` for each node; it expires with the time limit, so that no node works for nothing."""
+def address(
+    record: Record, message_type: str, ledgers: Mapping[int, tuple[int, str]], *, timeout_s: float
+) -> list[Message]:
+    """`record` for each node, with what was seen of its ledger; it expires with the time limit, so that no node works
+    for nothing."""
     content = encode(record)
-    return [Message(content, node, message_type, ttl=timeout_s) for node in nodes]
+    return [
+        Message(with_fields(content, ledger_rows=rows, ledger_head=head), node, message_type, ttl=timeout_s)
+        for node, (rows, head) in ledgers.items()
+    ]
 
 
 def send(grid: Grid, messages: list[Message]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 LAB/lab.yaml                    name, address, ports
 LAB/keys/                       certificate authority, server certificate, key that signs studies (0600)
 LAB/sites/SITE.json             enrolled hospitals
+LAB/ledgers/SITE.jsonl          what was seen of their ledgers
 LAB/superlink/                  Flower's own state
 LAB/runs/STUDY/                 checkpoints and records of a study
 """

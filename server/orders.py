@@ -29,6 +29,11 @@ class Order:
     flower_run: int | None = None
 
 
+def ledgers_of(folder: Path) -> Path:
+    """Where the lab of the ordered study in `folder` keeps what it saw of the hospitals' ledgers."""
+    return folder.parents[1] / "ledgers"
+
+
 def sign_study(lab: Lab, plan: StudyPlan) -> SignedDocument:
     """The plan, signed with the lab's key."""
     return sign(STUDY, plan.to_json(), lab.signing_key())

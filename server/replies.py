@@ -64,6 +64,8 @@ def ledger_objection(reply: SiteReply, seen: Ledger | None) -> str | None:
     if seen is None:
         return None
     rows, head = seen
+    if not head:
+        return None
     if reply.ledger_rows < rows:
         return f"the site's ledger went back from {rows} rows to {reply.ledger_rows}"
     if reply.ledger_rows == rows and reply.ledger_head != head:

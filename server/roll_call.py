@@ -16,6 +16,7 @@ from common.plan import StudyPlan
 from common.records import PREPARE, PrepareInstruction, SiteReply
 from server.exchange import address, send
 from server.history import SiteOutcome
+from server.ledgers import LedgerCopies
 from server.replies import Ledger, claimed_site, judge, ledger_objection
 
 _AT_LEAST_S = 120.0  # to load images, and to start Ray
@@ -30,8 +31,9 @@ class RollCall:
     the lab enrolled it as, is not used.
     """
 
-    def __init__(self, plan: StudyPlan, instruction: PrepareInstruction, ledgers: dict[str, Ledger]) -> None:
+    def __init__(self, plan: StudyPlan, instruction: PrepareInstruction, ledgers: LedgerCopies) -> None:
         self._plan, self._instruction, self._ledgers = plan, instruction, ledgers
+        self._shown: dict[int, Ledger] = {}  # node -> what it was last told of its site's ledger
         self._ready: dict[int, str] = {}
         self._unused: dict[int, SiteOutcome] = {}  # the last word of every other node
         self._asked: dict[str, tuple[int, float]] = {}  # message id -> node, when; not answered yet
@@ -82,7 +84,10 @@ class RollCall:
         nodes = [node for node in sorted(grid.get_node_ids()) if node not in busy | just_asked]
         if not nodes:
             return
-        sent = send(grid, address(self._instruction, PREPARE, nodes, timeout_s=self._timeout_s))
+        names = _enrolled_names(grid)
+        self._shown |= {node: self._ledgers.newest(names[node]) if node in names else (0, "") for node in nodes}
+        told = {node: self._shown[node] for node in nodes}
+        sent = send(grid, address(self._instruction, PREPARE, told, timeout_s=self._timeout_s))
         self._last_asked |= dict.fromkeys(nodes, now)
         for node in nodes:
             self._unused.setdefault(node, _silent(node, waited_s=self._timeout_s))
@@ -116,7 +121,8 @@ class RollCall:
                 _objection,
                 plan=self._plan,
                 taken=tuple(self._ready.values()),
-                ledger=self._ledgers.get(site),
+                ledgers=self._ledgers,
+                shown=self._shown[node],
                 enrolled_as=enrolled_as,
             ),
         )
@@ -125,6 +131,7 @@ class RollCall:
             self._unused[node] = outcome
         else:
             self._ready[node] = site
+            self._ledgers.take(site, (reply.ledger_rows, reply.ledger_head))
 
     def _others(self) -> tuple[SiteOutcome, ...]:
         """The outcomes of unused nodes and of sites that no node answered for; no training site comes twice."""
@@ -151,7 +158,13 @@ def _enrolled_names(grid: Grid) -> dict[int, str]:
 
 
 def _objection(
-    reply: SiteReply, *, plan: StudyPlan, taken: tuple[str, ...], ledger: Ledger | None, enrolled_as: str
+    reply: SiteReply,
+    *,
+    plan: StudyPlan,
+    taken: tuple[str, ...],
+    ledgers: LedgerCopies,
+    shown: Ledger,
+    enrolled_as: str,
 ) -> str | None:
     if enrolled_as and reply.site != enrolled_as:
         return f"it claims to be {reply.site!r}, and is enrolled as {enrolled_as!r}"
@@ -161,7 +174,9 @@ def _objection(
         return "another node answered as this site before"
     if reply.plan_digest != plan.digest:
         return "the reply belongs to another plan"
-    return ledger_objection(reply, ledger) if reply.ledger_head else None  # a site may show its ledger only later
+    if not reply.ledger_head:  # a site without privacy has none
+        return None
+    return ledger_objection(reply, shown) or ledgers.objection(reply.site, (reply.ledger_rows, reply.ledger_head))
 
 
 def _silent(node: int, *, waited_s: float) -> SiteOutcome:

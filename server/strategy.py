@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from common.records import TRAIN, PrepareInstruction, SiteReply, TrainInstructio
 from server.aggregation import RunningMean, Template, reason_to_reject, site_weights, weight_of
 from server.exchange import address, collect, send
 from server.history import RoundRecord, SiteOutcome
+from server.ledgers import LedgerCopies
 from server.observer import Observer
 from server.outer_optimizer import outer_step
 from server.replies import Ledger, judge, ledger_objection
@@ -51,6 +52,7 @@ class RunSettings:
     nodes: int | None = None  # how many to wait for before the start; None: one for each training site
     wait_s: float = 0.0  # how long to wait for sites that are not ready before the start
     signed: SignedDocument | None = None  # the plan as the lab signed it; a simulation has none
+    ledgers: Path | None = None  # where the lab keeps what it saw of ledgers in all studies; a simulation has none
     stop: threading.Event = field(default_factory=threading.Event)  # set from another thread, it ends the run
 
 
@@ -69,8 +71,9 @@ class ConsiliumStrategy(Strategy):
         self._asked: dict[str, int] = {}  # message id -> node id, of the round that runs
         self._outcomes: dict[str, SiteOutcome] = {}  # by site, of the round that runs
         self._absent: tuple[SiteOutcome, ...] = ()  # who was not ready when the round began
-        self._ledgers: dict[str, Ledger] = {}  # as each site last showed it
-        self._roll = RollCall(plan, _instruction(settings, self._initial), self._ledgers)
+        self._ledgers: dict[str, Ledger] = {}  # as each site last showed it in this study
+        self._copies = LedgerCopies(settings.ledgers, study=plan.study)
+        self._roll = RollCall(plan, _instruction(settings, self._initial), self._copies)
         self._shared: Params = {}  # where the round that runs started
         self._outer: Params = {}  # the outer optimiser's state
 
@@ -91,7 +94,8 @@ class ConsiliumStrategy(Strategy):
         if run.round == self._plan.rounds:
             return arrays
         self._outer = run.outer
-        self._ledgers.update(_ledgers_in(run.records))
+        for site, ledger in _ledgers_in(run.records).items():
+            self._take_ledger(site, ledger)
         began = time.monotonic()
         self._call_roll(grid)
         if run.round < 0:
@@ -141,7 +145,8 @@ class ConsiliumStrategy(Strategy):
         self._shared = to_tensors(instruction.shared)
         self._ready, self._absent = self._roll.ready, self._roll.absent
         connected = online(grid, self._ready)
-        return address(instruction, TRAIN, connected, timeout_s=self._plan.round_timeout_s)
+        ledgers = {node: self._copies.newest(self._ready[node]) for node in connected}
+        return address(instruction, TRAIN, ledgers, timeout_s=self._plan.round_timeout_s)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord]:
         """Judge each reply as it comes, then move the shared parameters; None below quorum, and they stay."""
@@ -149,11 +154,11 @@ class ConsiliumStrategy(Strategy):
         self._outcomes = {}
         for message in replies:
             site = self._ready[self._asked[message.metadata.reply_to_message_id]]
-            check = partial(_objection, site, server_round, self._plan, self._template, self._ledgers.get(site))
+            check = partial(_objection, site, server_round, self._plan, self._template, self._ledger_objection)
             outcome, reply = judge(message, site=site, seconds=time.monotonic() - began, objection=check)
             if reply is not None:
                 mean.add(reply.update, weight=weight_of(self._plan, reply, self._weights[site]))
-                self._ledgers[site] = (reply.ledger_rows, reply.ledger_head)
+                self._take_ledger(site, (reply.ledger_rows, reply.ledger_head))
             self._settle(server_round, outcome)
         self._settle_silent(server_round, waited_s=time.monotonic() - began)
         if sum(outcome.status == "ok" for outcome in self._outcomes.values()) < self._plan.quorum:
@@ -172,6 +177,15 @@ class ConsiliumStrategy(Strategy):
 
     def summary(self) -> None:
         """Nothing is logged: the observer is told."""
+
+    def _ledger_objection(self, reply: SiteReply) -> str | None:
+        """In a study a ledger only grows; between studies that run at once replies may come in any order."""
+        shown = reply.ledger_rows, reply.ledger_head
+        return ledger_objection(reply, self._ledgers.get(reply.site)) or self._copies.objection(reply.site, shown)
+
+    def _take_ledger(self, site: str, ledger: Ledger) -> None:
+        self._ledgers[site] = ledger
+        self._copies.take(site, ledger)
 
     def _settle(self, number: int, outcome: SiteOutcome) -> None:
         self._outcomes[outcome.site] = outcome
@@ -206,11 +220,16 @@ def _instruction(settings: RunSettings, initial: Params) -> PrepareInstruction:
 
 
 def _objection(
-    site: str, number: int, plan: StudyPlan, template: Template, ledger: Ledger | None, reply: SiteReply
+    site: str,
+    number: int,
+    plan: StudyPlan,
+    template: Template,
+    of_ledger: Callable[[SiteReply], str | None],
+    reply: SiteReply,
 ) -> str | None:
     scored = plan.outer.weights == "score"
     reason = reason_to_reject(reply, site=site, plan_digest=plan.digest, round=number, template=template, scored=scored)
-    return reason or ledger_objection(reply, ledger)
+    return reason or of_ledger(reply)
 
 
 def _record(number: int, began: float, sites: tuple[SiteOutcome, ...], *, update_norm: float | None) -> RoundRecord:

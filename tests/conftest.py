@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.membership import MEMBERSHIP_FILE
+from client.membership import MEMBERSHIP_FILE, SITE_KEY
 from common.enrolment import Membership, grant_membership
-from common.keys import public_hex
+from common.keys import make_signing_key, public_hex
 from common.plan import StudyPlan
 from server.certificates import Authority
 
@@ -43,7 +43,9 @@ def a_certificate() -> str:
 
 
 def join_lab(folder: Path, lab: Ed25519PrivateKey) -> None:
-    """Make the site in `folder` a member of the lab with this key."""
+    """Make the site in `folder` a member of the lab with this key, with a key of its own."""
+    if not (folder / "state" / SITE_KEY).exists():
+        make_signing_key(folder / "state" / SITE_KEY)
     membership = Membership(
         folder.name, node_key="", lab="lab", address="lab:1", authority=a_certificate(), lab_key=public_hex(lab)
     )

@@ -46,9 +46,11 @@ def test_the_wheel_holds_the_code_the_studies_and_the_templates(tree: Path, tmp_
         entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     data = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("deploy/studies/*.yaml")}
     data |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "server" / "templates").rglob("*") if p.is_file()}
+    data |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "client" / "templates").rglob("*") if p.is_file()}
     data |= {"deploy/fab/pyproject.toml", "deploy/fab/LICENSE"}
     assert "deploy/studies/demo.yaml" in data
     assert any(name.startswith("server/templates/") for name in data)
+    assert any(name.startswith("client/templates/") for name in data)
     inside = {name for name in names if ".dist-info/" not in name}
     assert inside == sources(*PACKAGES) | data
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -91,6 +91,8 @@ WALK = (  # lab and hospitals take turns: who types what, when
     "consilium-site approve",
     "consilium-site status",
     "consilium-lab status",
+    "consilium-site journal verify",
+    "consilium-site ledger backup",
     "consilium-site privacy",
 )
 
@@ -142,7 +144,8 @@ def test_the_walk_of_two_hospitals_and_a_lab_ends_in_a_report(checkout: Path) ->
                 fingerprints["lab" if "provision" in line else "alder" if "alder" in line else "cedar"] = found[0]
         page = (checkout / "lab" / "runs" / "pair" / "report.html").read_text()
         assert "alder" in page
-        assert "3 rounds charged, 1 to 3" in said
+        assert "3, 1 to 3" in said
+        assert "is spent at delta" in (checkout / "alder-privacy.html").read_text()
     finally:
         for service in services:
             service.terminate()

@@ -24,8 +24,8 @@ FLOATS = arrays(np.float32, array_shapes(min_dims=0, max_dims=4, min_side=0, max
 NAMES = some.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__" and name.isprintable())
 NAMED = some.dictionaries(NAMES, FLOATS, max_size=3)
 TEXT, COUNT, NUMBER = some.text(max_size=20), some.integers(-(2**63), 2**63), some.floats()
-PREPARE = some.builds(PrepareInstruction, TEXT, TEXT, TEXT, NAMED)
-TRAIN = some.builds(TrainInstruction, TEXT, TEXT, COUNT, NAMED)
+PREPARE = some.builds(PrepareInstruction, TEXT, TEXT, TEXT, NAMED, COUNT, TEXT)
+TRAIN = some.builds(TrainInstruction, TEXT, TEXT, COUNT, NAMED, COUNT, TEXT)
 REPLY = some.builds(
     SiteReply, TEXT, TEXT, TEXT, TEXT, TEXT, COUNT, NAMED, NUMBER, COUNT, NUMBER, COUNT, TEXT, NUMBER
 )  # fmt: skip
@@ -62,26 +62,34 @@ def test_a_record_comes_back_as_it_was(record: Record) -> None:
         assert all(same(getattr(record, field.name), getattr(back, field.name)) for field in fields(record))
 
 
-def message(**parts: ArrayRecord | ConfigRecord) -> RecordDict:
+def message(arrays: object = None, fields: object = None) -> RecordDict:
     """A Flower message's content."""
-    return RecordDict({**parts})
+    content = encode(GOOD)
+    if arrays is not None:
+        content["arrays"] = ArrayRecord({"arrays": arrays} if isinstance(arrays, Array) else {})
+    if fields is not None:
+        content["record"] = ConfigRecord({"record": fields})  # type: ignore[dict-item]
+    return content
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (message(), "carries no record"),
-        (message(message=ConfigRecord({"record": b"x"})), "carries no record"),
-        (message(message=ArrayRecord()), "carries no record"),
-        (message(message=ArrayRecord({"record": Array("uint8", (3,), "numpy.ndarray", b"not numpy")})), "no record"),
-        (message(message=ArrayRecord({"record": Array(np.zeros(9, np.float32))})), "carries no bytes"),
-        (message(message=ArrayRecord({"record": Array(np.zeros((9, 9), np.uint8))})), "the arrays cannot be read"),
+        (RecordDict(), "carries no record"),
+        (message(arrays=()), "carries no record"),
+        (message(arrays=Array("uint8", (3,), "numpy.ndarray", b"not numpy")), "carries no record"),
+        (message(arrays=Array(np.zeros(9, np.float32))), "carries no bytes"),
+        (message(arrays=Array(np.zeros((9, 9), np.uint8))), "the arrays cannot be read"),
+        (message(fields=b"{}"), "the fields cannot be read"),
+        (message(fields="[]"), "the fields cannot be read"),
+        (message(fields="[" * 200_000), "the fields cannot be read"),
+        (message(fields=json.dumps({"plan_digest": "a"})), "fields differ"),
     ],
-    ids=["empty", "another kind", "no array", "no numpy", "no bytes", "zeros"],
+    ids=["empty", "no array", "no numpy", "no bytes", "zeros", "bytes", "a list", "deep", "few fields"],
 )
 def test_a_message_without_a_record_is_malformed(content: RecordDict, reason: str) -> None:
     with pytest.raises(MalformedRecord, match=reason):
-        decode(content, SiteReply)
+        decode(content, TrainInstruction)
 
 
 def test_a_message_is_one_array_however_many_a_record_has() -> None:
@@ -89,7 +97,15 @@ def test_a_message_is_one_array_however_many_a_record_has() -> None:
     many = replace(GOOD, shared={str(n): np.zeros(n, np.float32) for n in range(50)})
     (record,) = encode(many).array_records.values()
     assert len(record) == 1
-    assert not encode(many).config_records
+
+
+def test_messages_that_differ_in_fields_share_their_arrays() -> None:
+    """Flower stores what is equal once: a hundred hospitals are one model there."""
+    one = encode(GOOD)
+    other = common.wire.with_fields(one, round=4)
+    assert other.array_records["arrays"].object_id == one.array_records["arrays"].object_id
+    assert decode(other, TrainInstruction).round == 4
+    assert decode(one, TrainInstruction).round == 3
 
 
 def test_an_array_in_another_order_comes_back_in_value() -> None:
@@ -162,7 +178,7 @@ def test_a_field_that_is_missing_unknown_or_of_another_type_is_malformed(values:
 
 @pytest.mark.parametrize("kind", [np.float64, np.float16, np.int32, np.uint8, np.bool_])
 def test_only_float32_is_an_array(kind: Any) -> None:
-    values = {"plan_digest": "a", "initial_digest": "b", "round": 1}
+    values = {"plan_digest": "a", "initial_digest": "b", "round": 1, "ledger_rows": 0, "ledger_head": ""}
     assert unpack(with_fields(values, w=np.zeros(2, np.float32)), TrainInstruction).round == 1
     with pytest.raises(MalformedRecord, match="an array is not float32"):
         unpack(with_fields(values, w=np.zeros(2, kind)), TrainInstruction)

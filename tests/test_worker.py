@@ -18,9 +18,10 @@ import client.worker
 from client import approval
 from client.app import build_client_app
 from client.ledger import FILE
+from client.membership import SITE_KEY
 from client.worker import Worker
 from common.algorithms import ALGORITHMS
-from common.keys import STUDY, sign
+from common.keys import STUDY, make_signing_key, sign
 from common.params import Arrays, digest, to_arrays
 from common.plan import StudyPlan
 from common.plan_rules import EPISODIC
@@ -216,6 +217,7 @@ def test_a_real_site_refuses_what_it_did_not_approve(make_site: SiteMaker, make_
 
 def test_a_real_site_hears_only_the_lab_that_it_joined(make_site: SiteMaker, make_plan: PlanMaker) -> None:
     folder, plan = make_site("alder"), make_plan()
+    make_signing_key(folder / "state" / SITE_KEY)
     stranger = Worker(folder, state=folder / "state")
     assert prepare(stranger, plan).code == "bad-instruction"  # it joined none
     worker = real_worker(folder)
