@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from client.cli_audit import audit
 from client.cli_network import add_commands
 from common.command_line import command_group, run
 
@@ -20,6 +21,7 @@ app = command_group("Consilium at a hospital: its data stays here.")
 data = command_group("The hospital's images.")
 app.add_typer(data, name="data")
 add_commands(app)
+app.command()(audit)
 
 
 @data.command()
