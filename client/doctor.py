@@ -69,6 +69,7 @@ def examine(folder: Path) -> Iterator[Finding]:
     yield _data(folder)
     yield _ledger(folder / config.state)
     yield _journal(folder / config.state)
+    yield _self_test(folder / config.state)
     yield _worker(folder)
 
 
@@ -231,6 +232,25 @@ def _journal(state: Path) -> Finding:
     except ConsiliumError as error:
         return Finding("journal", "wrong", str(error), "no further round is charged before it is right")
     return Finding("journal", "ok", f"{len(entries)} entries, none changed")
+
+
+def _self_test(state: Path) -> Finding:
+    from client.selftest import FAILED, self_test
+
+    if (state / FAILED).exists():
+        what = f"failed before: {(state / FAILED).read_text()}"
+        return Finding("privacy self-test", "wrong", what, f"install Consilium anew, then remove {state / FAILED}")
+    lines = {
+        verdict: "; ".join(check.line() for check in self_test() if check.verdict == verdict)
+        for verdict in ("FAIL", "INCONCLUSIVE")
+    }
+    if lines["FAIL"]:
+        remedy = "the worker will not start: install Consilium anew"
+        return Finding("privacy self-test", "wrong", lines["FAIL"], remedy)
+    if lines["INCONCLUSIVE"]:
+        return Finding("privacy self-test", "warning", lines["INCONCLUSIVE"], "run it again")
+    shown = ", ".join(f"{check.query} mu {check.shown:.2f} of {check.claimed:.2f}" for check in self_test())
+    return Finding("privacy self-test", "ok", f"attacks on drawn patients found no more than is claimed: {shown}")
 
 
 def _worker(folder: Path) -> Finding:

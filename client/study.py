@@ -64,7 +64,7 @@ class Study:
     def query(self, round: int, shared: Arrays, grant: Grant) -> Outcome:
         """The algorithm over private queries, and the monitor's own query where the plan asks for it."""
         algorithm = ALGORITHMS[self.plan.algorithm.name]
-        private = PrivateDataset(self.patients, self._mechanism(round), grant)
+        private = PrivateDataset(self.patients, self.mechanism_in(round), grant)
         start = to_tensors(shared)
         kept = (self.releases.kept_before(round) if algorithm.keeps else None) or self.head
         local = algorithm.local_update(start, kept, private, self.plan.algorithm)
@@ -77,7 +77,8 @@ class Study:
         """Those that the network itself has."""
         return {name: value for name, value in params.items() if name in self.patients.public}
 
-    def _mechanism(self, round: int) -> Mechanism | Unprotected:
+    def mechanism_in(self, round: int) -> Mechanism | Unprotected:
+        """What a round's queries are asked with."""
         if isinstance(self.mechanism, Mechanism):
             return self.mechanism
         seed = hashlib.sha256(f"{self.plan.digest}/{self.site}/{round}".encode()).digest()
@@ -105,7 +106,7 @@ def open_study(folder: Path, state: Path, config: SiteConfig, plan: StudyPlan, i
         patients=Patients(data, network, task_of(plan, config.name), device=_device(config.device)),
         shared=travelling(plan, network),
         head=zeros_like(select(template, head)),
-        mechanism=_mechanism(plan, cost),
+        mechanism=mechanism_of(plan, cost),
         event=_event(plan, cost),
         ledger=_ledger(state, config, plan),
         releases=ReleaseStore(state / "releases" / plan.digest),
@@ -119,7 +120,8 @@ def _device(wanted: str) -> str:
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _mechanism(plan: StudyPlan, cost: PrivacyCost | None) -> Mechanism | Unprotected:
+def mechanism_of(plan: StudyPlan, cost: PrivacyCost | None) -> Mechanism | Unprotected:
+    """The constants of the plan's queries, where it costs so much."""
     if plan.privacy is None or cost is None:
         return Unprotected(
             sample_rate=plan.sampling.sample_rate,

@@ -20,6 +20,7 @@ from client.journal import SiteJournal
 from client.ledger import Ledger
 from client.limits import require_open, require_within
 from client.membership import membership_of
+from client.selftest import require_self_test
 from client.site import load_site_config
 from client.study import Outcome, Study, open_study
 from common.accounting import queries_per_round
@@ -39,9 +40,12 @@ class Worker:
 
     `state` holds what the site must keep: ledger, approvals, releases, log. `simulated` allows plans without privacy
     and approves what it is sent.
+
+    Raises SelfTestFailed where private queries are not what they are charged as.
     """
 
     def __init__(self, folder: Path, *, state: Path, simulated: bool = False) -> None:
+        require_self_test(None if simulated else state)
         self._folder, self._state, self._simulated = folder, state, simulated
         self._config = load_site_config(folder)
         self._studies: dict[str, Study] = {}

@@ -19,6 +19,7 @@ ConsiliumError                 exit code 1
 │   ├── UnchargedQuery         more private queries than were charged
 │   ├── BadInstruction         the instruction contradicts the plan
 │   └── InternalFailure        anything else; the reason stays at the site
+├── SelfTestFailed             private queries here are not what is charged: the worker does not start
 ├── CheckpointError            a checkpoint is missing, broken or of another network
 └── RunError                   a run cannot go on
 """
@@ -161,6 +162,13 @@ class InternalFailure(Refusal):
 
     code = "internal-failure"
     public_reason = "the site failed; its own log says why"
+
+
+class SelfTestFailed(ConsiliumError):
+    """A private query of this installation is not what the ledger charges: the site takes part in nothing."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the privacy self-test failed: this site takes part in nothing\n{what}\nInstall it anew.")
 
 
 class CheckpointError(ConsiliumError):

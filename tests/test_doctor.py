@@ -137,6 +137,7 @@ def test_a_sound_site_has_nothing_wrong(site: Path, lab: Lab, port: int) -> None
         "data": "ok",
         "ledger": "ok",
         "journal": "ok",
+        "privacy self-test": "ok",
         "worker": "ok",
     }
     assert found["data"].what == "36 images of 12 patients"

@@ -81,6 +81,7 @@ WALK = (  # lab and hospitals take turns: who types what, when
     "consilium-lab sites phantoms --out hospitals",
     "consilium-site data check hospitals",
     "consilium-site init",
+    "consilium-site audit",
     "consilium-lab provision",
     "consilium-lab serve",
     "consilium-lab enroll",
