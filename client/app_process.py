@@ -1,18 +1,22 @@
-"""The node's ClientApp process: it answers each message that the SuperNode received, one after the other.
+"""The node's ClientApp process: it answers the messages that the SuperNode received.
 
-Flower would start a process for each message, and run in it the code of whatever bundle the lab sent. This one runs
-the installed app and never opens a bundle; and it imports nothing twice.
+Flower would start a program for each message, and run in it the code of whatever bundle the lab sent. This one runs the
+installed app and never opens a bundle; and it imports everything once, and forks for each message. A message that never
+comes whole, as of a study that was stopped meanwhile, keeps its own process waiting and no other.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+import httpx
 from flwr.app import Message
 from flwr.app.error import Error
 from flwr.clientapp import ClientApp
@@ -31,8 +35,10 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from client.app import app
+from common.children import die_with_parent
 
 _LOOK_S = 0.2  # between two looks for a message
+_ARRIVES_S = 900  # for a message's arrays; then its process ends
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _NOT_ANSWERED = "this hospital's app does not answer such a message"
 
@@ -40,18 +46,23 @@ _log = logging.getLogger("flwr")
 
 
 def answer_messages(address: str, secret: bytes, app: ClientApp) -> None:
-    """Answer the messages of the SuperNode whose Runtime API is at `address`, for ever.
-
-    Raises KeyboardInterrupt when the SuperNode no longer knows the message that is being answered, as after a restart.
-    """
+    """Answer the messages of the SuperNode whose Runtime API is at `address`, for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     signed = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({_ACQUIRE}))
-    with closing(_client(address, signed)) as tasks:
+    with closing(_client(address, signed, tries=1)) as tasks:
         while True:
-            task = tasks.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
-            if task.token:
-                _answer(address, task.token, app)
-            else:
+            try:
+                token = tasks.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])).token
+            except httpx.TransportError:  # the SuperNode is being started
+                token = ""
+            if not token:
                 time.sleep(_LOOK_S)
+            elif os.fork() == 0:
+                try:
+                    die_with_parent()
+                    _answer(address, token, app)
+                finally:
+                    os._exit(0)
 
 
 def _answer(address: str, token: str, app: ClientApp) -> None:
@@ -60,7 +71,9 @@ def _answer(address: str, token: str, app: ClientApp) -> None:
         heartbeat.start()
         context, end, details = None, SubStatus.FAILED, "no answer"
         try:
+            signal.alarm(_ARRIVES_S)
             message, context, _, _ = pull_task_input(client)  # run and bundle: not looked at
+            signal.alarm(0)
             push_message(client, _reply(app, message, context), context)
             end, details = SubStatus.COMPLETED, ""
         except Exception:
@@ -78,13 +91,15 @@ def _reply(app: ClientApp, message: Message, context: object) -> Message:
         return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=_NOT_ANSWERED), reply_to=message)
 
 
-def _client(address: str, interceptor: ProtobufClientInterceptor) -> RuntimeHttpClient:
+def _client(address: str, interceptor: ProtobufClientInterceptor, *, tries: int | None = None) -> RuntimeHttpClient:
+    retry = make_simple_http_retry_invoker()
+    retry.max_tries = tries
     return RuntimeHttpClient.from_server_address(
         server_address=address,
         insecure=True,  # loopback
         root_certificates=None,
         interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), interceptor],
-        retry_invoker=make_simple_http_retry_invoker(),
+        retry_invoker=retry,
     )
 
 

@@ -90,7 +90,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         self._ended = None
         self.starts += 1
@@ -111,6 +111,6 @@ def _kill_group(process: subprocess.Popen[bytes], number: signal.Signals) -> Non
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _die_with_parent() -> None:
-    """A service killed by force leaves no program behind that nobody tends."""
+def die_with_parent() -> None:
+    """For a child to call: a service killed by force leaves no program behind that nobody tends."""
     _libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)

@@ -178,7 +178,7 @@ def a_full_disk_a_wrong_clock_and_an_expired_certificate(
 ) -> None:
     """Each takes one hospital, or the lab, out of a running study, is named, and is over when it is mended."""
     study = write_study(
-        federation.folder, "weather", rounds=20, quorum=1, round_timeout_s=20, privacy={"epsilon": 1, "clip": 1.0}
+        federation.folder, "weather", rounds=14, quorum=1, round_timeout_s=20, privacy={"epsilon": 1, "clip": 1.0}
     )
     run = federation.run(study)
     for site in SITES:
@@ -202,7 +202,7 @@ def a_full_disk_a_wrong_clock_and_an_expired_certificate(
     assert days_left(read_certificate(open_lab(federation.lab).server_certificate)) > 300
     federation.finish(run)
     records = federation.history("weather")
-    assert [record["round"] for record in records] == list(range(21))
+    assert [record["round"] for record in records] == list(range(15))
     for site in SITES:
         taken = {r["round"] for r in records[1:] for o in r["sites"] if (o["site"], o["code"]) == (site, "ok")}
         charged = [c.round for c in Ledger.existing(federation.folder / site / "state").charges()][2:]
