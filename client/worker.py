@@ -18,6 +18,7 @@ from client.grant import Grant
 from client.ledger import Ledger
 from client.limits import require_open, require_within
 from client.membership import membership_of
+from client.reply_time import ReplyTimes
 from client.site import load_site_config
 from client.study import Outcome, Study, open_study
 from common.accounting import queries_per_round
@@ -29,7 +30,6 @@ from common.plan import StudyPlan, plan_from_json
 from common.records import PrepareInstruction, SiteReply, TrainInstruction, software_version
 
 LOG = "site.log"
-_FASTEST_S = 2.0**-3  # replies say their wall time in powers of two, from here on
 
 
 class Worker:
@@ -43,6 +43,7 @@ class Worker:
         self._folder, self._state, self._simulated = folder, state, simulated
         self._config = load_site_config(folder)
         self._studies: dict[str, Study] = {}
+        self._times = ReplyTimes(held=not simulated)
         self._spent_at: tuple[tuple[int, str], float] = ((0, ""), 0.0)  # ledger head -> epsilon
         self._log = _site_log(state)
 
@@ -52,11 +53,11 @@ class Worker:
 
     def prepare(self, instruction: PrepareInstruction) -> SiteReply:
         """Check the plan against approval and data, and get ready for its rounds."""
-        return self._answer(lambda: self._prepare(instruction))
+        return self._answer("", lambda: self._prepare(instruction))
 
     def train(self, instruction: TrainInstruction) -> SiteReply:
         """The site's release for one round: charged and computed once, sent as often as it is asked for."""
-        return self._answer(lambda: self._train(instruction))
+        return self._answer(instruction.plan_digest, lambda: self._train(instruction))
 
     def _prepare(self, instruction: PrepareInstruction) -> SiteReply:
         sent = self._sent_plan(instruction)
@@ -96,7 +97,8 @@ class Worker:
         started = time.monotonic()
         grant = study.charge(instruction.round)
         outcome = study.query(instruction.round, instruction.shared, grant)
-        reply = self._reply(study, instruction.round, outcome, grant, seconds=time.monotonic() - started)
+        span_s = self._times.span(study.plan.digest, since=started)
+        reply = self._reply(study, instruction.round, outcome, grant, seconds=span_s)
         study.releases.store(reply, outcome.kept)
         return reply
 
@@ -160,11 +162,18 @@ class Worker:
             epsilon=spent,
             ledger_rows=rows,
             ledger_head=head,
-            seconds=max(_FASTEST_S, 2.0 ** math.ceil(math.log2(seconds))),
+            seconds=seconds,
         )
 
-    def _answer(self, compute: Callable[[], SiteReply]) -> SiteReply:
-        """No exception text leaves the site."""
+    def _answer(self, plan_digest: str, compute: Callable[[], SiteReply]) -> SiteReply:
+        """No exception text leaves the site, and no reply at a time that the data chose."""
+        started = time.monotonic()
+        reply = self._computed(compute)
+        study = self._studies.get(plan_digest)
+        self._times.wait(plan_digest, since=started, limit_s=study.plan.round_timeout_s if study else math.inf)
+        return reply
+
+    def _computed(self, compute: Callable[[], SiteReply]) -> SiteReply:
         try:
             return compute()
         except Refusal as refusal:

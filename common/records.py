@@ -1,7 +1,8 @@
 """What the lab and a site say to each other, and its form in a Flower RecordDict.
 
-This file is the whole wire format. Every field of a reply is either charged to the site's ledger or
-independent of the site's data; the comment beside it says which.
+This file is the whole wire format, and `SiteReply` is the whole list of what leaves a hospital: every field says which
+private query it is charged to, or why it does not depend on the hospital's data. A field that says neither does not
+import. What a person reads before approving a study (`common.plan_in_words`) is made from this list.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ PREPARE = "query.prepare"  # Flower message types
 TRAIN = "train.round"
 
 _ARRAYS, _FIELDS = "arrays", "fields"
+_DISCLOSURE = "disclosure"
 
 Arrays = dict[str, np.ndarray]
 
@@ -52,22 +54,50 @@ class TrainInstruction:
 
 
 @dataclass(frozen=True)
+class Disclosure:
+    """Why a field of a reply may leave the hospital."""
+
+    words: str  # what it is, for a reader
+    why: str  # charged: the private queries it is a function of; else: why it does not depend on data
+    charged: bool
+
+
+def _charged(words: str, why: str) -> dict[str, Disclosure]:
+    return {_DISCLOSURE: Disclosure(words, why, charged=True)}
+
+
+def _public(words: str, why: str) -> dict[str, Disclosure]:
+    return {_DISCLOSURE: Disclosure(words, why, charged=False)}
+
+
+def disclosures(kind: type) -> dict[str, Disclosure]:
+    """The declaration of every field of the dataclass `kind`. Raises TypeError if one has none, or an empty one."""
+    declared = {spec.name: spec.metadata.get(_DISCLOSURE) for spec in fields(kind)}
+    for name, disclosure in declared.items():
+        if disclosure is None or not disclosure.words or not disclosure.why:
+            raise TypeError(f"{kind.__name__}.{name} would leave the hospital without a charge or a reason: declare it")
+    return {name: disclosure for name, disclosure in declared.items() if disclosure is not None}
+
+
+@dataclass(frozen=True)
 class SiteReply:
     """Site to lab. `code` is 'ok' or the code of a Refusal."""
 
-    site: str  # data-independent: the registered name
-    code: str  # data-independent: a closed list (common.errors)
-    reason: str = ""  # data-independent: the Refusal's public_reason
-    version: str = ""  # data-independent
-    plan_digest: str = ""  # data-independent
-    round: int = 0  # data-independent
-    update: Arrays = field(default_factory=dict)  # charged: function of private gradient queries
-    accuracy: float = math.nan  # charged: private statistic query; nan if the plan asks for none
-    queries: int = 0  # data-independent: private queries charged for this round, fixed by the plan
-    epsilon: float = 0.0  # data-independent: the ledger's total, a function of charges
-    ledger_rows: int = 0  # data-independent
-    ledger_head: str = ""  # data-independent: hash over charges
-    seconds: float = 0.0  # wall time in a coarse bucket (powers of two)
+    site: str = field(metadata=_public("the hospital's name", "it is registered with the lab"))
+    code: str = field(metadata=_public("ok or the code of a refusal", "of the data it says only who is enrolled"))
+    reason: str = field(default="", metadata=_public("a refusal's fixed reason", "it speaks of plan and limits"))
+    version: str = field(default="", metadata=_public("the software's version", "it is installed"))
+    plan_digest: str = field(default="", metadata=_public("the plan's digest", "the plan is public"))
+    round: int = field(default=0, metadata=_public("the round", "the lab asked for it"))
+    update: Arrays = field(default_factory=dict, metadata=_charged("the update", "the algorithm's private queries"))
+    accuracy: float = field(default=math.nan, metadata=_charged("the score", "one private statistic; nan if none"))
+    queries: int = field(default=0, metadata=_public("the number of private queries", "the plan fixes it"))
+    epsilon: float = field(default=0.0, metadata=_public("the ledger's epsilon", "a function of what was charged"))
+    ledger_rows: int = field(default=0, metadata=_public("the ledger's length", "one row for each charge"))
+    ledger_head: str = field(default="", metadata=_public("the ledger's last hash", "over charges and their times"))
+    seconds: float = field(
+        default=0.0, metadata=_public("a wall time rounded up to a power of two", "coarse: client.reply_time")
+    )
 
     @property
     def ok(self) -> bool:
@@ -139,3 +169,5 @@ def decode(content: RecordDict, kind: type[R]) -> R:
 
 
 _ARRAYS_FIELD: dict[type, str] = {PrepareInstruction: "initial", TrainInstruction: "shared", SiteReply: "update"}
+
+DISCLOSURES = disclosures(SiteReply)
