@@ -140,6 +140,7 @@ def _mechanism(plan: StudyPlan, cost: PrivacyCost | None) -> Mechanism | Unprote
         episodes=plan.algorithm.episodes,
         modalities=len(plan.task.modalities),
         views=plan.sampling.views,
+        discrete=plan.privacy.noise == "discrete",
     )
 
 

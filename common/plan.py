@@ -187,6 +187,7 @@ class PrivacySpec(Strict):
     head_scale: PositiveFloat = 1.0  # below 1 the body gets more of the clip, and the head more noise
     feature_clip: PositiveFloat = 2.0  # the longest feature vector that enters a class sum
     noise_multiplier: PositiveFloat | None = None  # None: solved from epsilon
+    noise: Literal["normal", "discrete"] = "normal"  # discrete: exact, on a lattice; slower (client.discrete_noise)
     monitor: bool = True  # one more query a round: the private accuracy behind the learning curve
 
     @field_validator("delta", mode="before")
