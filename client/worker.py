@@ -6,6 +6,7 @@ Whatever goes wrong leaves the site as a code and a data-free reason; the rest g
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -70,7 +71,14 @@ class Worker:
         self._studies[plan.digest] = open_study(self._folder, self._state, self._config, plan, instruction.initial)
         if not self._simulated:  # a worker that starts again goes on by itself
             save_checkpoint(self._start_file(plan.digest), to_tensors(instruction.initial), {})
-        return SiteReply(site=self.site, code="ok", version=software_version(), plan_digest=plan.digest)
+        masking = self._studies[plan.digest].masking
+        return SiteReply(
+            site=self.site,
+            code="ok",
+            version=software_version(),
+            plan_digest=plan.digest,
+            masking_key=masking.document() if masking else "",
+        )
 
     def _sent_plan(self, instruction: PrepareInstruction) -> StudyPlan:
         """The plan that was sent; at a real site signed by the lab that it joined, and kept for a person to approve."""
@@ -91,16 +99,18 @@ class Worker:
 
     def _train(self, instruction: TrainInstruction) -> SiteReply:
         study = self._verified(instruction)
+        masks = study.masks(instruction.roster, instruction.round)
         stored = study.releases.load(instruction.round)
         if stored is not None:
-            return stored
+            return masks.masked(stored) if masks else stored
         started = time.monotonic()
         grant = study.charge(instruction.round)
         outcome = study.query(instruction.round, instruction.shared, grant)
         span_s = self._times.span(study.plan.digest, since=started)
         reply = self._reply(study, instruction.round, outcome, grant, seconds=span_s)
+        reply = dataclasses.replace(reply, masked_for=masks.roster_digest if masks else "")
         study.releases.store(reply, outcome.kept)
-        return reply
+        return masks.masked(reply) if masks else reply
 
     def _verified(self, instruction: TrainInstruction) -> Study:
         """The prepared and approved study that fits the instruction."""

@@ -119,6 +119,8 @@ def _leaves(plan: StudyPlan, shared_numbers: int) -> str:
     scored = f", and one {noisy}{score_name(plan.task.kind)}" if plan.monitored else ""
     weighed = ", which is the update's weight" if plan.outer.weights == "score" else ""
     update = f"one {noisy}update of {shared_numbers:,} numbers{scored}{weighed}"
+    if plan.outer.secure_sum:
+        update += ", masked: the lab can read only the sum over all hospitals of a round, and no risk is lowered for it"
     beside = [disclosure.words for disclosure in DISCLOSURES.values() if not disclosure.charged]
     independent = f"Beside it go, whatever the data: {', '.join(beside[:-1])} and {beside[-1]}."
     return f"What leaves a hospital: in each round {update}. {independent} {_stays(plan)}"

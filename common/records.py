@@ -51,6 +51,7 @@ class TrainInstruction:
     initial_digest: str
     round: int  # 1-based
     shared: Arrays  # the trainable shared parameters
+    roster: str = ""  # who takes part in the round's secure sum, with their masking keys; empty without one
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class SiteReply:
     seconds: float = field(
         default=0.0, metadata=_public("a wall time rounded up to a power of two", "coarse: client.reply_time")
     )
+    masking_key: str = field(default="", metadata=_public("a public key for masks", "drawn at random for the study"))
+    masked_for: str = field(default="", metadata=_public("the digest of whose masks it has", "the lab named them"))
 
     @property
     def ok(self) -> bool:
@@ -121,7 +124,8 @@ def fields_and_arrays(record: Record) -> tuple[dict[str, Any], Arrays]:
 def record_of(fields: Mapping[str, Any], arrays: Arrays, kind: type[R]) -> R:
     """The record of type `kind` with these fields.
 
-    Raises MalformedRecord if a field is missing, unknown, of another type, or an array is not float32.
+    Raises MalformedRecord if a field is missing, unknown, of another type, or an array is not float32 (a reply's may be
+    uint32: masked).
     """
     expected = {k: v for k, v in kind.__dataclass_fields__.items() if k != _ARRAYS_FIELD[kind]}
     if fields.keys() != expected.keys():
@@ -130,7 +134,7 @@ def record_of(fields: Mapping[str, Any], arrays: Arrays, kind: type[R]) -> R:
         wanted = {"str": str, "int": int, "float": float}[str(spec.type)]
         if type(fields[name]) is not wanted:
             raise MalformedRecord(f"field {name} is no {spec.type}")
-    if any(value.dtype != np.float32 for value in arrays.values()):
+    if any(str(value.dtype) not in _DTYPES[kind] for value in arrays.values()):
         raise MalformedRecord("an array is not float32")
     values: dict[str, Any] = {**fields, _ARRAYS_FIELD[kind]: arrays}
     return kind(**values)
@@ -159,7 +163,7 @@ def decode(content: RecordDict, kind: type[R]) -> R:
         raise MalformedRecord("a part is missing") from None
     arrays: Arrays = {}
     for name, array in array_record.items():
-        if array.dtype != "float32":
+        if array.dtype not in _DTYPES[kind]:
             raise MalformedRecord("an array is not float32")
         try:
             arrays[name] = array.numpy()
@@ -169,5 +173,10 @@ def decode(content: RecordDict, kind: type[R]) -> R:
 
 
 _ARRAYS_FIELD: dict[type, str] = {PrepareInstruction: "initial", TrainInstruction: "shared", SiteReply: "update"}
+_DTYPES: dict[type, tuple[str, ...]] = {
+    PrepareInstruction: ("float32",),
+    TrainInstruction: ("float32",),
+    SiteReply: ("float32", "uint32"),
+}
 
 DISCLOSURES = disclosures(SiteReply)

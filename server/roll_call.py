@@ -33,6 +33,7 @@ class RollCall:
     def __init__(self, plan: StudyPlan, instruction: PrepareInstruction, ledgers: dict[str, Ledger]) -> None:
         self._plan, self._instruction, self._ledgers = plan, instruction, ledgers
         self._ready: dict[int, str] = {}
+        self.masking_keys: dict[str, str] = {}  # by site, as it signed it; empty without a secure sum
         self._unused: dict[int, SiteOutcome] = {}  # the last word of every other node
         self._asked: dict[str, tuple[int, float]] = {}  # message id -> node, when; not answered yet
         self._last_asked: dict[int, float] = {}  # by node
@@ -123,6 +124,7 @@ class RollCall:
             self._unused[node] = outcome
         else:
             self._ready[node] = site
+            self.masking_keys[site] = reply.masking_key
 
     def _others(self) -> tuple[SiteOutcome, ...]:
         """The outcomes of unused nodes and of sites that no node answered for; no training site comes twice."""

@@ -85,3 +85,10 @@ def test_array_bytes_that_are_no_array_are_malformed() -> None:
     content["arrays"] = ArrayRecord({"w": Array("float32", (3,), "numpy.ndarray", b"not numpy")})
     with pytest.raises(MalformedRecord, match="an array cannot be read"):
         decode(content, SiteReply)
+
+
+def test_only_a_reply_may_carry_masked_numbers() -> None:
+    masked = {"w": np.arange(3, dtype=np.uint32)}
+    assert np.array_equal(decode(encode(SiteReply("alder", "ok", update=masked)), SiteReply).update["w"], masked["w"])
+    with pytest.raises(MalformedRecord, match="an array is not float32"):
+        decode(encode(TrainInstruction("p", "i", 1, masked)), TrainInstruction)

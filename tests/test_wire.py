@@ -117,11 +117,11 @@ def test_one_record_is_not_taken_for_another(kind: Any) -> None:
 @pytest.mark.parametrize(
     "values",
     [[], None, 1, "x", {}, {"plan_digest": "a", "initial_digest": "b"},
-     {"plan_digest": "a", "initial_digest": "b", "round": 1, "more": 1},
-     {"plan_digest": "a", "initial_digest": "b", "round": True},
-     {"plan_digest": "a", "initial_digest": "b", "round": 1.0},
-     {"plan_digest": None, "initial_digest": "b", "round": 1},
-     {"plan_digest": "a", "initial_digest": "b", "round": 1, "shared": {}}],
+     {"plan_digest": "a", "initial_digest": "b", "roster": "", "round": 1, "more": 1},
+     {"plan_digest": "a", "initial_digest": "b", "roster": "", "round": True},
+     {"plan_digest": "a", "initial_digest": "b", "roster": "", "round": 1.0},
+     {"plan_digest": None, "initial_digest": "b", "roster": "", "round": 1},
+     {"plan_digest": "a", "initial_digest": "b", "roster": "", "round": 1, "shared": {}}],
     ids=str,
 )  # fmt: skip
 def test_a_field_that_is_missing_unknown_or_of_another_type_is_malformed(values: object) -> None:
@@ -131,7 +131,7 @@ def test_a_field_that_is_missing_unknown_or_of_another_type_is_malformed(values:
 
 @pytest.mark.parametrize("kind", [np.float64, np.float16, np.int32, np.uint8, np.bool_])
 def test_only_float32_is_an_array(kind: Any) -> None:
-    values = {"plan_digest": "a", "initial_digest": "b", "round": 1}
+    values = {"plan_digest": "a", "initial_digest": "b", "roster": "", "round": 1}
     assert unpack(with_fields(values, w=np.zeros(2, np.float32)), TrainInstruction).round == 1
     with pytest.raises(MalformedRecord, match="an array is not float32"):
         unpack(with_fields(values, w=np.zeros(2, kind)), TrainInstruction)
