@@ -121,9 +121,8 @@ class PatientDPOptimizer(DPOptimizer):
             if lattice is None:
                 clipped = torch.einsum("i,i...", factor.to(safe), safe)
             else:
-                clipped = lattice.rounded(torch.einsum("i,i...->i...", factor.to(safe.device), safe.double())).sum(
-                    dim=0
-                )
+                each = torch.einsum("i,i...->i...", factor.to(safe.device), safe.double())
+                clipped = lattice.rounded(each).sum(dim=0)
             before: Tensor | None = parameter.summed_grad  # type: ignore[attr-defined]
             parameter.summed_grad = clipped if before is None else before + clipped  # type: ignore[attr-defined]
 

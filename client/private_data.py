@@ -263,9 +263,8 @@ class PrivateDataset:
             values = fn(self._patients.network(inputs), targets).double().cpu()
         values = values.unsqueeze(1) if values.dim() == 1 else values
         radius = values.shape[1] ** 0.5 / 2
-        return _sum_of_patients(
-            values - 0.5, _repeated(patient, len(values)), radius, self._mechanism.lattice(sensitivity=radius)
-        )
+        lattice = self._mechanism.lattice(sensitivity=radius)
+        return _sum_of_patients(values - 0.5, _repeated(patient, len(values)), radius, lattice)
 
     def _class_vectors(self, rows: Tensor, patient: Tensor, radius: float) -> Tensor:
         """Sum over patients of the means of their images' vectors, float64 (ways, F + 1); see `class_sums`."""
@@ -276,9 +275,8 @@ class PrivateDataset:
         bounded = features / lengths.clamp(min=radius)
         vectors = torch.cat([bounded, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1) / 2**0.5
         of_class = one_hot(data.labels[rows], data.ways).double().unsqueeze(2) * vectors.unsqueeze(1)
-        return _sum_of_patients(of_class.flatten(1), patient, 1.0, self._mechanism.lattice(sensitivity=1.0)).reshape(
-            data.ways, -1
-        )
+        lattice = self._mechanism.lattice(sensitivity=1.0)
+        return _sum_of_patients(of_class.flatten(1), patient, 1.0, lattice).reshape(data.ways, -1)
 
     def _episodes(self, generator: torch.Generator) -> list[Episode]:
         """The episodes that have patients on both sides, of the m that were to be filled.

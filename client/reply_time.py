@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 import time
 
+ROLL_CALL_S = 120.0  # how long a lab waits at least for a hospital to get ready
+
 _SHORTEST_S = 1.0
 _LATEST = 0.9  # of the plan's time limit: nothing waits until it is too late
 
@@ -33,7 +35,7 @@ class ReplyTimes:
         self._spans[study] = max(span_s(time.monotonic() - since), self._spans.get(study, 0.0))
         return self._spans[study]
 
-    def wait(self, study: str, *, since: float, limit_s: float = math.inf) -> None:
+    def wait(self, study: str, *, since: float, limit_s: float) -> None:
         """Until the end of the span, and not beyond what the study's time limit leaves."""
         if self._held:
             elapsed = time.monotonic() - since

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from client.grant import Grant
 from client.ledger import Ledger
 from client.limits import require_open, require_within
 from client.membership import membership_of
-from client.reply_time import ReplyTimes
+from client.reply_time import ROLL_CALL_S, ReplyTimes
 from client.site import load_site_config
 from client.study import Outcome, Study, open_study
 from common.accounting import queries_per_round
@@ -180,7 +179,7 @@ class Worker:
         started = time.monotonic()
         reply = self._computed(compute)
         study = self._studies.get(plan_digest)
-        self._times.wait(plan_digest, since=started, limit_s=study.plan.round_timeout_s if study else math.inf)
+        self._times.wait(plan_digest, since=started, limit_s=study.plan.round_timeout_s if study else ROLL_CALL_S)
         return reply
 
     def _computed(self, compute: Callable[[], SiteReply]) -> SiteReply:
