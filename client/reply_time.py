@@ -40,4 +40,6 @@ class ReplyTimes:
         if self._held:
             elapsed = time.monotonic() - since
             end = max(span_s(elapsed), self._spans.get(study, 0.0))
+            if study in self._spans:  # others were never opened here
+                self._spans[study] = end
             time.sleep(max(0.0, min(end, _LATEST * limit_s) - elapsed))

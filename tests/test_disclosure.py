@@ -394,6 +394,15 @@ def test_replies_leave_at_the_end_of_a_span_that_never_gets_shorter(monkeypatch:
     assert seen == [(1, pytest.approx(1))] * 3 + [(4, pytest.approx(4))] * 4
 
 
+def test_what_came_after_the_span_was_said_counts_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, times = Clock(monkeypatch), ReplyTimes(held=True)
+    since = clock.now
+    assert times.span("study", since=since) == 1
+    clock.pass_(1.5)  # storing, on a slow disk
+    times.wait("study", since=since, limit_s=math.inf)
+    assert left_after(times, clock, 0.1) == (2, pytest.approx(2))
+
+
 def test_nothing_waits_beyond_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, times = Clock(monkeypatch), ReplyTimes(held=True)
     assert left_after(times, clock, 70.0, limit_s=100.0) == (128, pytest.approx(90))
