@@ -2,7 +2,8 @@
 
 How long a round takes depends on who was drawn, how many images they have, and whether a gradient was a number. So a
 reply says its time as a span (a power of two, in seconds), and waits for the span's end. A study's span never gets
-shorter, so that over all of its rounds nothing shows but in which of them it doubled.
+shorter, so that over all of its rounds nothing shows but in which of them it doubled. What touches no image (a refusal,
+a stored release) leaves at once.
 
     cost: a round takes 1.44 times as long on average, 2 times at most, and a second at least; other studies wait too
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 ROLL_CALL_S = 120.0  # how long a lab waits at least for a hospital to get ready
 
@@ -34,6 +37,15 @@ class ReplyTimes:
         """The span of a reply of `study` (plan digest) that was begun at `since` (monotonic)."""
         self._spans[study] = max(span_s(time.monotonic() - since), self._spans.get(study, 0.0))
         return self._spans[study]
+
+    @contextmanager
+    def held(self, study: str, *, limit_s: float) -> Iterator[None]:
+        """Whatever is done inside, and however it ends, takes until the end of a span."""
+        since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.wait(study, since=since, limit_s=limit_s)
 
     def wait(self, study: str, *, since: float, limit_s: float) -> None:
         """Until the end of the span, and not beyond what the study's time limit leaves."""

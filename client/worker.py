@@ -25,7 +25,7 @@ from common.accounting import queries_per_round
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.errors import BadInstruction, InternalFailure, PrivacyRequired, Refusal, UntrustedDocument, UsageError
 from common.keys import STUDY, SignedDocument
-from common.params import to_arrays, to_tensors
+from common.params import Arrays, to_arrays, to_tensors
 from common.plan import StudyPlan, plan_from_json
 from common.records import PrepareInstruction, SiteReply, TrainInstruction, software_version
 
@@ -53,11 +53,11 @@ class Worker:
 
     def prepare(self, instruction: PrepareInstruction) -> SiteReply:
         """Check the plan against approval and data, and get ready for its rounds."""
-        return self._answer("", lambda: self._prepare(instruction))
+        return self._answer(lambda: self._prepare(instruction))
 
     def train(self, instruction: TrainInstruction) -> SiteReply:
         """The site's release for one round: charged and computed once, sent as often as it is asked for."""
-        return self._answer(instruction.plan_digest, lambda: self._train(instruction))
+        return self._answer(lambda: self._train(instruction))
 
     def _prepare(self, instruction: PrepareInstruction) -> SiteReply:
         sent = self._sent_plan(instruction)
@@ -67,10 +67,9 @@ class Worker:
         if self._simulated:
             approval.approve(self._state, sent, by="simulation")
         plan = approval.require(self._state, sent.digest)
-        self._studies[plan.digest] = open_study(self._folder, self._state, self._config, plan, instruction.initial)
+        masking = self._opened(plan, instruction.initial).masking
         if not self._simulated:  # a worker that starts again goes on by itself
             save_checkpoint(self._start_file(plan.digest), to_tensors(instruction.initial), {})
-        masking = self._studies[plan.digest].masking
         return SiteReply(
             site=self.site,
             code="ok",
@@ -103,12 +102,13 @@ class Worker:
         if stored is not None:
             return masks.masked(stored) if masks else stored
         started = time.monotonic()
-        grant = study.charge(instruction.round)
-        outcome = study.query(instruction.round, instruction.shared, grant)
-        span_s = self._times.span(study.plan.digest, since=started)
-        reply = self._reply(study, instruction.round, outcome, grant, seconds=span_s)
-        reply = dataclasses.replace(reply, masked_for=masks.roster_digest if masks else "")
-        study.releases.store(reply, outcome.kept)
+        with self._times.held(study.plan.digest, limit_s=study.plan.round_timeout_s):
+            grant = study.charge(instruction.round)
+            outcome = study.query(instruction.round, instruction.shared, grant)
+            span_s = self._times.span(study.plan.digest, since=started)
+            reply = self._reply(study, instruction.round, outcome, grant, seconds=span_s)
+            reply = dataclasses.replace(reply, masked_for=masks.roster_digest if masks else "")
+            study.releases.store(reply, outcome.kept)
         return masks.masked(reply) if masks else reply
 
     def _verified(self, instruction: TrainInstruction) -> Study:
@@ -127,8 +127,11 @@ class Worker:
         """A study that this site prepared before its worker started again."""
         if not self._start_file(plan.digest).exists():
             return None
-        initial = to_arrays(load_checkpoint(self._start_file(plan.digest)).tensors)
-        self._studies[plan.digest] = open_study(self._folder, self._state, self._config, plan, initial)
+        return self._opened(plan, to_arrays(load_checkpoint(self._start_file(plan.digest)).tensors))
+
+    def _opened(self, plan: StudyPlan, initial: Arrays) -> Study:
+        with self._times.held("", limit_s=ROLL_CALL_S):  # loading takes as long as there are images
+            self._studies[plan.digest] = open_study(self._folder, self._state, self._config, plan, initial)
         return self._studies[plan.digest]
 
     def _start_file(self, plan_digest: str) -> Path:
@@ -174,15 +177,8 @@ class Worker:
             seconds=seconds,
         )
 
-    def _answer(self, plan_digest: str, compute: Callable[[], SiteReply]) -> SiteReply:
-        """No exception text leaves the site, and no reply at a time that the data chose."""
-        started = time.monotonic()
-        reply = self._computed(compute)
-        study = self._studies.get(plan_digest)
-        self._times.wait(plan_digest, since=started, limit_s=study.plan.round_timeout_s if study else ROLL_CALL_S)
-        return reply
-
-    def _computed(self, compute: Callable[[], SiteReply]) -> SiteReply:
+    def _answer(self, compute: Callable[[], SiteReply]) -> SiteReply:
+        """No exception text leaves the site."""
         try:
             return compute()
         except Refusal as refusal:

@@ -229,7 +229,7 @@ def _chatty_refusals(patch: pytest.MonkeyPatch) -> None:
         images = sum(len(study.patients.data) for study in self._studies.values())
         return dataclasses.replace(reply, reason=f"{images} images were looked at")
 
-    patch.setattr(Worker, "_computed", leaky)
+    patch.setattr(Worker, "_answer", leaky)
 
 
 LEAKS = {f"count-in-{name}": _count_in(name) for name in ("version", "queries", "epsilon", "ledger_rows", "seconds")}
