@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ import typer
 from client import cli_network, cli_records
 from client.cli_audit import audit
 from common.command_line import command_group, run
+from common.disclosure import shown
 
 if TYPE_CHECKING:
     from client.data.checks import SiteReport
@@ -29,36 +30,41 @@ def check(
     folder: Annotated[Path, typer.Argument(help="The site's folder, with site.yaml.")],
     plan: Annotated[Path | None, typer.Option(help="A study plan (YAML) that the images must fit.")] = None,
     site: Annotated[str | None, typer.Option(help="The site's name in the plan, if not that of site.yaml.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Exact counts, for the hospital's own eyes only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Count the images and name every problem with file and line. Exit code 2 if there is one."""
-    from client.data.checks import check_site
+    """Count the images and name every problem with file and line. Exit code 2 if there is one.
+
+    Counts are rounded down to tens, and not shown below ten, so that what is sent on gives no patient away.
+    """
+    from client.data.checks import check_site, coarsened
     from common.plan import load_plan
 
     report = check_site(folder, load_plan(plan) if plan else None, site=site)
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=2))
+        typer.echo(json.dumps((report if exact else coarsened(report)).to_json(), indent=2))
     else:
-        _show(report)
+        _show(report if exact else coarsened(report), str if exact else shown)
     raise typer.Exit(0 if report.fit else 2)
 
 
-def _show(report: SiteReport) -> None:
+def _show(report: SiteReport, number: Callable[[int], str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     counted = {"multilabel": "finding", "segmentation": "marked"}.get(report.kind, "label")
     table = Table(counted, "split", "patients", "images", title=f"{report.site} ({report.folder})")
     for count in report.counts:
-        table.add_row(count.label, count.split, str(count.patients), str(count.images))
+        table.add_row(count.label, count.split, number(count.patients), number(count.images))
     fewest, mean, most = report.images_per_patient
     if report.counts:
         Console(highlight=False, markup=False, emoji=False).print(table)
     typer.echo(
-        f"{report.images} images of {report.patients} patients ({report.training_patients} train); "
-        f"{fewest} to {most} images per patient, mean {mean:g}; {report.masks} with a mask"
+        f"{number(report.images)} images of {number(report.patients)} patients"
+        f" ({number(report.training_patients)} train); {f'{fewest} to {most} images per patient, ' if most else ''}"
+        f"mean {mean:g}; {number(report.masks)} with a mask"
     )
-    for line in _known_details(report):
+    for line in _known_details(report, number):
         typer.echo(line)
     for note in report.notes:
         typer.secho(f"note: {note}", fg=typer.colors.YELLOW)
@@ -70,11 +76,11 @@ def _show(report: SiteReport) -> None:
         typer.secho(f"not fit for use: problems found: {len(report.problems)}", fg=typer.colors.RED, err=True)
 
 
-def _known_details(report: SiteReport) -> Iterator[str]:
+def _known_details(report: SiteReport, number: Callable[[int], str]) -> Iterator[str]:
     """One line for each detail that is known of some image."""
     for title, tally in (("modality", report.modalities), ("sex", report.sexes), ("scanner", report.scanners)):
         if tally:
-            counts = ", ".join(f"{name or 'not known'} {count}" for name, count in tally.items())
+            counts = ", ".join(f"{name or 'not known'} {number(count)}" for name, count in tally.items())
             yield f"{title}: {counts}"
     if report.ages:
         yield "age: {:g} to {:g} years".format(*report.ages)

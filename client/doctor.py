@@ -24,6 +24,7 @@ from client.membership import MEMBERSHIP_FILE, NODE, NODE_KEY, SITE_KEY, members
 from client.site import SiteConfig, load_site_config
 from client.wall import SOCKET, WorkerProxy
 from common.addresses import parse_address
+from common.disclosure import shown
 from common.enrolment import Membership
 from common.errors import ConsiliumError, UsageError
 from common.keys import objection_to_private
@@ -211,7 +212,7 @@ def _data(folder: Path) -> Finding:
 
     report = check_site(folder, None, site=None)
     if report.fit:
-        return Finding("data", "ok", f"{report.images} images of {report.patients} patients")
+        return Finding("data", "ok", f"{shown(report.images)} images of {shown(report.patients)} patients")
     what = f"{len(report.problems)} problems; the first: {report.problems[0] if report.problems else 'no images'}"
     return Finding("data", "wrong", what, f"`consilium-site data check {folder}` lists all")
 

@@ -197,6 +197,7 @@ def _audit_of(plan: StudyPlan, cost: PrivacyCost, noise: float) -> _Audit:
         event=None,
         ledger=None,  # nobody's budget
         releases=ReleaseStore(Path(os.devnull)),  # none is stored, none is found
+        masking=None,
     )
     return _Audit(study, enrolled, shared, torch.zeros(CANARIES, dtype=torch.float64))
 

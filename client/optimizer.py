@@ -23,6 +23,8 @@ import torch
 from opacus.optimizers.optimizer import DPOptimizer
 from torch import Tensor
 
+from client.discrete_noise import Lattice
+
 _MARGIN = 1e-6  # relative; keeps a clipped float32 gradient at or below C
 
 
@@ -56,21 +58,31 @@ class PatientDPOptimizer(DPOptimizer):
 
     Call `group(patients)` before every step: `patients[i]` is the patient of row i of the per-image gradients. A
     patient's rows must all be in one physical batch. Stepping without it is refused, for Opacus would clip per image.
-    `scales` has a public factor for each parameter, in the optimizer's order.
+    `scales` has a public factor for each parameter, in the optimizer's order. `discrete`: contributions are rounded to
+    a lattice, and the noise is discrete (`client.discrete_noise`).
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, scales: Sequence[float], **arguments: Any) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, scales: Sequence[float], discrete: bool = False, **arguments: Any
+    ) -> None:
         super().__init__(optimizer, **arguments)
         self._patients: Tensor | None = None
-        self._scales = tuple(scales)
+        self._scales, self._discrete = tuple(scales), discrete
+
+    @property
+    def _lattice(self) -> Lattice | None:
+        return Lattice(self.noise_multiplier * self.max_grad_norm) if self._discrete else None
 
     def add_noise(self) -> None:
         """`p.grad` = (clipped sum + Normal(0, (z C)^2 I)) / scale; noise is drawn on the CPU on every device."""
-        std = self.noise_multiplier * self.max_grad_norm
+        std, lattice = self.noise_multiplier * self.max_grad_norm, self._lattice
         for parameter, factor in zip(self.params, self._scales, strict=True):
-            noise = torch.normal(0.0, std, parameter.shape, generator=self.generator)
             total: Tensor = parameter.summed_grad  # type: ignore[attr-defined]  # Opacus adds the attribute
-            parameter.grad = (total + noise.to(total)) / factor
+            if lattice is None:
+                noise = torch.normal(0.0, std, parameter.shape, generator=self.generator)
+            else:
+                noise = lattice.sample(parameter.shape)
+            parameter.grad = ((total + noise.to(total)) / factor).to(parameter)
 
     def group(self, patients: Tensor) -> None:
         """State the patient of each row (int64, (n,)) of the next physical batch."""
@@ -98,12 +110,19 @@ class PatientDPOptimizer(DPOptimizer):
             squares += mean.flatten(1).double().square().sum(dim=1).cpu()
         norms = squares.sqrt()
         finite = torch.isfinite(norms)
-        factor = (self.max_grad_norm / (norms * (1 + _MARGIN) + 1e-30)).clamp(max=1.0)
+        limit, lattice = self.max_grad_norm, self._lattice
+        if lattice is not None:
+            limit = lattice.bound(limit, sum(mean[0].numel() for mean in means) if len(images) else 0)
+        factor = (limit / (norms * (1 + _MARGIN) + 1e-30)).clamp(max=1.0)
         factor = torch.where(finite, factor, torch.zeros_like(factor))
         for parameter, mean in zip(self.params, means, strict=True):
             mask = finite.to(mean.device).reshape(-1, *[1] * (mean.dim() - 1))
             safe = torch.where(mask, mean, torch.zeros_like(mean))
-            clipped = torch.einsum("i,i...", factor.to(safe), safe)
+            if lattice is None:
+                clipped = torch.einsum("i,i...", factor.to(safe), safe)
+            else:
+                each = torch.einsum("i,i...->i...", factor.to(safe.device), safe.double())
+                clipped = lattice.rounded(each).sum(dim=0)
             before: Tensor | None = parameter.summed_grad  # type: ignore[attr-defined]
             parameter.summed_grad = clipped if before is None else before + clipped  # type: ignore[attr-defined]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from client.data.dataset import SiteData
+from client.discrete_noise import Lattice
 from client.grant import Grant
 from client.optimizer import PatientDPOptimizer, draw_patients, os_generator
 from common.algorithms.interface import ClassSums
@@ -50,6 +51,18 @@ class Mechanism:
     episodes: int = 8  # m: a public constant, as are the modalities that the plan names
     modalities: int = 0
     views: int = 1
+    discrete: bool = False  # exact noise on a lattice (client.discrete_noise) in place of normal numbers
+
+    def lattice(self, *, sensitivity: float) -> Lattice | None:
+        """Where contributions to a query of this sensitivity lie; None without discrete noise."""
+        return Lattice(self.noise_multiplier * sensitivity) if self.discrete else None
+
+    def noise(self, shape: Sequence[int], *, sensitivity: float, generator: torch.Generator) -> Tensor:
+        """float64 noise of std z * sensitivity."""
+        if (lattice := self.lattice(sensitivity=sensitivity)) is not None:
+            return lattice.sample(shape)
+        std = self.noise_multiplier * sensitivity
+        return torch.normal(0.0, std, tuple(shape), generator=generator, dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +76,9 @@ class Unprotected:
     episodes: int = 8
     modalities: int = 0
     views: int = 1
+
+    def lattice(self, *, sensitivity: float) -> None:
+        """There is none."""
 
 
 class Patients:
@@ -199,7 +215,7 @@ class PrivateDataset:
             noise = 0.0
             if isinstance(self._mechanism, Mechanism):
                 noise = self._mechanism.noise_multiplier
-                total = total + torch.normal(0.0, noise, total.shape, generator=generator, dtype=total.dtype)
+                total = total + self._mechanism.noise(total.shape, sensitivity=1.0, generator=generator)
             batch = self._mechanism.batch if isinstance(self._mechanism, Mechanism) else max(1, len(drawn))
             scaled = (total * 2**0.5 / batch).float()
             return ClassSums(scaled[:, :-1] * radius, scaled[:, -1], noise * 2**0.5 * radius / batch)
@@ -224,7 +240,7 @@ class PrivateDataset:
             if isinstance(self._mechanism, Unprotected):
                 return (total / max(1, len(drawn)) + 0.5).float()
             radius = total.numel() ** 0.5 / 2
-            noise = torch.normal(0.0, self._mechanism.noise_multiplier * radius, total.shape, generator=generator)
+            noise = self._mechanism.noise(total.shape, sensitivity=radius, generator=generator)
             return ((total + noise) / self._mechanism.batch + 0.5).clamp(0.0, 1.0).float()
 
     @contextmanager
@@ -247,7 +263,8 @@ class PrivateDataset:
             values = fn(self._patients.network(inputs), targets).double().cpu()
         values = values.unsqueeze(1) if values.dim() == 1 else values
         radius = values.shape[1] ** 0.5 / 2
-        return _sum_of_patients(values - 0.5, _repeated(patient, len(values)), radius)
+        lattice = self._mechanism.lattice(sensitivity=radius)
+        return _sum_of_patients(values - 0.5, _repeated(patient, len(values)), radius, lattice)
 
     def _class_vectors(self, rows: Tensor, patient: Tensor, radius: float) -> Tensor:
         """Sum over patients of the means of their images' vectors, float64 (ways, F + 1); see `class_sums`."""
@@ -258,7 +275,8 @@ class PrivateDataset:
         bounded = features / lengths.clamp(min=radius)
         vectors = torch.cat([bounded, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1) / 2**0.5
         of_class = one_hot(data.labels[rows], data.ways).double().unsqueeze(2) * vectors.unsqueeze(1)
-        return _sum_of_patients(of_class.flatten(1), patient, 1.0).reshape(data.ways, -1)
+        lattice = self._mechanism.lattice(sensitivity=1.0)
+        return _sum_of_patients(of_class.flatten(1), patient, 1.0, lattice).reshape(data.ways, -1)
 
     def _episodes(self, generator: torch.Generator) -> list[Episode]:
         """The episodes that have patients on both sides, of the m that were to be filled.
@@ -289,13 +307,15 @@ class PrivateDataset:
     ) -> Params:
         factors = {name: mechanism.head_scale if name.startswith(HEAD) else 1.0 for name in params}
         total = {name: value.double() for name, value in zeros_like(params).items()}
+        sensitivity = 2 * mechanism.clip
+        lattice = mechanism.lattice(sensitivity=sensitivity)
         for gradient in gradients:
             scaled = {name: factors[name] * value.double().cpu() for name, value in gradient.items()}
-            clipped = clip_to(scaled, mechanism.clip)
+            clipped = clip_to(scaled, mechanism.clip, lattice)
             total = {name: value + clipped[name] for name, value in total.items()}
-        std = 2 * mechanism.noise_multiplier * mechanism.clip
         noisy = {
-            name: value + torch.normal(0.0, std, value.shape, generator=generator) for name, value in total.items()
+            name: value + mechanism.noise(value.shape, sensitivity=sensitivity, generator=generator)
+            for name, value in total.items()
         }
         return {name: (value / (factors[name] * mechanism.episodes)).float() for name, value in noisy.items()}
 
@@ -322,6 +342,7 @@ class PrivateDataset:
                 max_grad_norm=mechanism.clip,
                 expected_batch_size=mechanism.batch,
                 generator=generator,
+                discrete=mechanism.discrete,
             )
             for number, (rows, patient) in enumerate(chunks):
                 optimizer.zero_grad()
@@ -364,23 +385,30 @@ def _set_no_rows(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
 
 
-def clip_to(params: Params, limit: float) -> Params:
-    """`params` (float64) cut to norm `limit` over all names together; all zero if any number is not finite."""
+def clip_to(params: Params, limit: float, lattice: Lattice | None = None) -> Params:
+    """`params` (float64) cut to norm `limit` over all names together, and on the lattice if there is one; all zero if
+    any number is not finite."""
     norm = sum(float(value.square().sum()) for value in params.values()) ** 0.5
     if not math.isfinite(norm):
         return zeros_like(params)
+    if lattice is not None:
+        limit = lattice.bound(limit, sum(value.numel() for value in params.values()))
     factor = min(1.0, limit / norm) if norm else 1.0
-    return {name: value * factor for name, value in params.items()}
+    clipped = {name: value * factor for name, value in params.items()}
+    return clipped if lattice is None else {name: lattice.rounded(value) for name, value in clipped.items()}
 
 
-def _sum_of_patients(values: Tensor, patient: Tensor, radius: float) -> Tensor:
-    """Sum over patients of the mean of their rows of `values` (n, k), each cut to norm `radius`; one that is not finite
-    adds 0. float64 (k,)."""
+def _sum_of_patients(values: Tensor, patient: Tensor, radius: float, lattice: Lattice | None = None) -> Tensor:
+    """Sum over patients of the mean of their rows of `values` (n, k), each cut to norm `radius` and on the lattice if
+    there is one; one that is not finite adds 0. float64 (k,)."""
     _, index, rows = torch.unique(patient, return_inverse=True, return_counts=True)
     means = torch.zeros(len(rows), values.shape[1], dtype=torch.float64).index_add_(0, index, values)
     means = means / rows.reshape(-1, 1)
     norms = means.norm(dim=1, keepdim=True)
-    clipped = means * (radius / norms.clamp(min=radius))
+    limit = radius if lattice is None else lattice.bound(radius, values.shape[1])
+    clipped = means * (limit / norms.clamp(min=limit))
+    if lattice is not None:
+        clipped = lattice.rounded(clipped)
     return torch.where(torch.isfinite(norms), clipped, torch.zeros_like(means)).sum(dim=0)
 
 

@@ -99,6 +99,7 @@ class SiteConfig(Strict):
     state: InsidePath = "state"  # folder of the ledger and the stored releases
     budget: Budget
     limits: Limits = Limits()
+    peers: dict[Name, str] = {}  # other sites' fingerprints, compared by telephone: whose masks a secure sum may carry
     verified_install: bool = True  # the worker starts only if its files are those of the installed wheel
     node_user: str | None = None  # who may ask the worker, beside the worker's own user
     health_port: Port | None = None  # loopback: grpc.health.v1

@@ -16,6 +16,7 @@ from client.grant import Grant
 from client.ledger import Ledger
 from client.private_data import Mechanism, Patients, PrivateDataset, Unprotected
 from client.release_store import ReleaseStore
+from client.secure_sum import Masking, Masks, open_masking
 from client.site import SiteConfig
 from common.accounting import Event, PrivacyCost, plan_cost, queries_per_round
 from common.algorithms import ALGORITHMS
@@ -50,10 +51,17 @@ class Study:
     event: Event | None  # what one round is charged; None if nothing is asked or there is no privacy
     ledger: Ledger | None
     releases: ReleaseStore
+    masking: Masking | None  # None unless the plan's updates are masked
 
     def require_fit(self, shared: Arrays) -> None:
         """Raise BadInstruction unless `shared` has the names and shapes that travel, all finite."""
         _require_fit(shared, self.shared)
+
+    def masks(self, roster: str, round: int) -> Masks | None:
+        """What masks the round's release. Raises BadInstruction for a roster that does not fit."""
+        if self.masking is None and roster:
+            raise BadInstruction("a roster, and the plan has no secure sum")
+        return None if self.masking is None else self.masking.masks(roster, round)
 
     def charge(self, round: int) -> Grant:
         """Spend the budget of one round; without privacy, leave to ask as many queries as the plan has."""
@@ -110,6 +118,7 @@ def open_study(folder: Path, state: Path, config: SiteConfig, plan: StudyPlan, i
         event=_event(plan, cost),
         ledger=_ledger(state, config, plan),
         releases=ReleaseStore(state / "releases" / plan.digest),
+        masking=open_masking(state, config, plan),
     )
 
 
@@ -142,6 +151,7 @@ def mechanism_of(plan: StudyPlan, cost: PrivacyCost | None) -> Mechanism | Unpro
         episodes=plan.algorithm.episodes,
         modalities=len(plan.task.modalities),
         views=plan.sampling.views,
+        discrete=plan.privacy.noise == "discrete",
     )
 
 

@@ -6,9 +6,9 @@ Whatever goes wrong leaves the site as a code and a data-free reason; the rest g
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +20,7 @@ from client.journal import SiteJournal
 from client.ledger import Ledger
 from client.limits import require_open, require_within
 from client.membership import membership_of
+from client.reply_time import ROLL_CALL_S, ReplyTimes
 from client.selftest import require_self_test
 from client.site import load_site_config
 from client.study import Outcome, Study, open_study
@@ -27,12 +28,11 @@ from common.accounting import queries_per_round
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.errors import BadInstruction, InternalFailure, PrivacyRequired, Refusal, UntrustedDocument, UsageError
 from common.keys import STUDY, SignedDocument
-from common.params import to_arrays, to_tensors
+from common.params import Arrays, to_arrays, to_tensors
 from common.plan import StudyPlan, plan_from_json
 from common.records import PrepareInstruction, SiteReply, TrainInstruction, software_version
 
 LOG = "site.log"
-_FASTEST_S = 2.0**-3  # replies say their wall time in powers of two, from here on
 
 
 class Worker:
@@ -49,6 +49,7 @@ class Worker:
         self._folder, self._state, self._simulated = folder, state, simulated
         self._config = load_site_config(folder)
         self._studies: dict[str, Study] = {}
+        self._times = ReplyTimes(held=not simulated)
         self._spent_at: tuple[tuple[int, str], float] = ((0, ""), 0.0)  # ledger head -> epsilon
         self._log = _site_log(state)
         self._journal = SiteJournal(None) if simulated else SiteJournal.of(state)
@@ -74,9 +75,8 @@ class Worker:
         if self._simulated:
             approval.approve(self._state, sent, by="simulation")
         plan = approval.require(self._state, sent.digest)
-        study = open_study(self._folder, self._state, self._config, plan, instruction.initial)
+        study = self._opened(plan, instruction.initial)
         _require_seen(study.ledger, instruction)
-        self._studies[plan.digest] = study
         if not self._simulated:  # a worker that starts again goes on by itself
             save_checkpoint(self._start_file(plan.digest), to_tensors(instruction.initial), {})
         rows, head = study.ledger.head() if study.ledger else (0, "")
@@ -87,6 +87,7 @@ class Worker:
             plan_digest=plan.digest,
             ledger_rows=rows,
             ledger_head=head,
+            masking_key=study.masking.document() if study.masking else "",
         )
 
     def _sent_plan(self, instruction: PrepareInstruction) -> StudyPlan:
@@ -109,18 +110,22 @@ class Worker:
 
     def _train(self, instruction: TrainInstruction) -> SiteReply:
         study = self._verified(instruction)
+        masks = study.masks(instruction.roster, instruction.round)
         stored = study.releases.load(instruction.round)
         if stored is not None:
-            return stored
+            return masks.masked(stored) if masks else stored
         self._journal.write_up(study.plan.digest, study.ledger, study.releases)  # or refuse, before the charge
         started = time.monotonic()
-        grant = study.charge(instruction.round)
-        self._write_up(study)
-        outcome = study.query(instruction.round, instruction.shared, grant)
-        reply = self._reply(study, instruction.round, outcome, grant, seconds=time.monotonic() - started)
-        study.releases.store(reply, outcome.kept)
-        self._write_up(study)
-        return reply
+        with self._times.held(study.plan.digest, limit_s=study.plan.round_timeout_s):
+            grant = study.charge(instruction.round)
+            self._write_up(study)
+            outcome = study.query(instruction.round, instruction.shared, grant)
+            span_s = self._times.span(study.plan.digest, since=started)
+            reply = self._reply(study, instruction.round, outcome, grant, seconds=span_s)
+            reply = dataclasses.replace(reply, masked_for=masks.roster_digest if masks else "")
+            study.releases.store(reply, outcome.kept)
+            self._write_up(study)
+        return masks.masked(reply) if masks else reply
 
     def _verified(self, instruction: TrainInstruction) -> Study:
         """The prepared and approved study that fits the instruction."""
@@ -139,8 +144,11 @@ class Worker:
         """A study that this site prepared before its worker started again."""
         if not self._start_file(plan.digest).exists():
             return None
-        initial = to_arrays(load_checkpoint(self._start_file(plan.digest)).tensors)
-        self._studies[plan.digest] = open_study(self._folder, self._state, self._config, plan, initial)
+        return self._opened(plan, to_arrays(load_checkpoint(self._start_file(plan.digest)).tensors))
+
+    def _opened(self, plan: StudyPlan, initial: Arrays) -> Study:
+        with self._times.held("", limit_s=ROLL_CALL_S):  # loading takes as long as there are images
+            self._studies[plan.digest] = open_study(self._folder, self._state, self._config, plan, initial)
         return self._studies[plan.digest]
 
     def _start_file(self, plan_digest: str) -> Path:
@@ -183,7 +191,7 @@ class Worker:
             epsilon=spent,
             ledger_rows=rows,
             ledger_head=head,
-            seconds=max(_FASTEST_S, 2.0 ** math.ceil(math.log2(seconds))),
+            seconds=seconds,
         )
 
     def _write_up(self, study: Study) -> None:

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from common.errors import Problem, UntrustedDocument, UsageError
 
 STUDY, ENROLMENT_REQUEST, MEMBERSHIP = "study", "enrolment-request", "membership"  # kinds of signed documents
-AUDIT = "audit"
+AUDIT, MASKING_KEY = "audit", "masking-key"
 
 _LARGEST = 4_000_000  # bytes of a signed document
 _FINGERPRINT_BYTES = 16  # 128 bits: nobody makes a second key for it

@@ -160,6 +160,12 @@ class AlgorithmSpec(Strict):
         return self
 
 
+class SecureSumSpec(Strict):
+    """Updates are masked so that the lab sees their sum alone (`common.secure_sum`)."""
+
+    range: Annotated[float, Field(gt=0, le=2**20)] = 16.0  # numbers of an update are cut to +-range
+
+
 class OuterSpec(Strict):
     """The server optimiser, applied to the weighted mean of the sites' updates (Reddi 2021)."""
 
@@ -167,6 +173,7 @@ class OuterSpec(Strict):
     lr: PositiveFloat = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # momentum; beta1 of adam and yogi
     weights: Literal["equal", "patients", "precision", "score"] = "equal"  # precision: B^2/z^2; score: model weighting
+    secure_sum: SecureSumSpec | None = None
 
 
 class SamplingSpec(Strict):
@@ -187,6 +194,7 @@ class PrivacySpec(Strict):
     head_scale: PositiveFloat = 1.0  # below 1 the body gets more of the clip, and the head more noise
     feature_clip: PositiveFloat = 2.0  # the longest feature vector that enters a class sum
     noise_multiplier: PositiveFloat | None = None  # None: solved from epsilon
+    noise: Literal["normal", "discrete"] = "normal"  # discrete: exact, on a lattice; slower (client.discrete_noise)
     monitor: bool = True  # one more query a round: the private accuracy behind the learning curve
 
     @field_validator("delta", mode="before")

@@ -9,6 +9,7 @@ from common.accounting import PrivacyCost, queries_per_round
 from common.algorithms import ALGORITHMS
 from common.metrics import score_name
 from common.plan import AlgorithmSpec, OuterSpec, StudyPlan
+from common.records import DISCLOSURES
 from common.trials import shots_unit
 
 _TASKS = {
@@ -118,7 +119,11 @@ def _leaves(plan: StudyPlan, shared_numbers: int) -> str:
     scored = f", and one {noisy}{score_name(plan.task.kind)}" if plan.monitored else ""
     weighed = ", which is the update's weight" if plan.outer.weights == "score" else ""
     update = f"one {noisy}update of {shared_numbers:,} numbers{scored}{weighed}"
-    return f"What leaves a hospital: in each round {update}. {_stays(plan)}"
+    if plan.outer.secure_sum:
+        update += ", masked: the lab can read only the sum over all hospitals of a round, and no risk is lowered for it"
+    beside = [disclosure.words for disclosure in DISCLOSURES.values() if not disclosure.charged]
+    independent = f"Beside it go, whatever the data: {', '.join(beside[:-1])} and {beside[-1]}."
+    return f"What leaves a hospital: in each round {update}. {independent} {_stays(plan)}"
 
 
 def _stays(plan: StudyPlan) -> str:

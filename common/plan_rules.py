@@ -27,6 +27,7 @@ _CLASSES_ONLY = ("protonet", "prototypes", "mapping")
 EPISODIC = ("maml", "anil", "metasgd", "protonet")  # their gradients are of whole episodes
 UNSCORED = (*EPISODIC, "local_only", "transfer")  # adapt nothing at a site that a private query could score
 _ARMS = ("meta", "random", "ceiling")  # what every report has
+LEAST_MASKED, MOST_MASKED = 3, 50  # sites of a secure sum: of two each knows the other's part; every pair makes a mask
 _ASKS_NOTHING = ("local_only", "transfer")
 
 
@@ -95,6 +96,35 @@ def score_is_asked_for(outer: OuterSpec, privacy: PrivacySpec | None, algorithm:
     if algorithm.name in UNSCORED:
         what = f"outer.weights is 'score', but {algorithm.name} adapts nothing at the site that could be scored"
         yield Mistake(("outer", "weights"), what, "use another rule, or an algorithm as reptile or fedavg")
+
+
+def secure_sum_fits(
+    outer: OuterSpec, privacy: PrivacySpec | None, evaluation: EvaluationSpec, sites: Sites, quorum: int
+) -> Iterator[Mistake]:
+    """A sum of which no part is seen has no weights and no scores, and enough sites."""
+    if outer.secure_sum is None:
+        return
+    if outer.weights != "equal":
+        what = f"outer.weights is {outer.weights!r}, but in a secure sum the lab sees no update that it could weigh"
+        yield Mistake(("outer", "weights"), what, "use 'equal', or leave outer.secure_sum out")
+    if privacy is not None and privacy.monitor:
+        what = "privacy.monitor is true: beside the secure sum every hospital's score would leave by itself"
+        yield Mistake(("privacy", "monitor"), what, "set privacy.monitor: false, or leave outer.secure_sum out")
+    training = len(_training(sites)) - bool(evaluation.leave_one_out)
+    if not LEAST_MASKED <= training <= MOST_MASKED:
+        what = f"a secure sum over {training} hospitals" + (", one left out" if evaluation.leave_one_out else "")
+        yield Mistake(("outer", "secure_sum"), what, f"have {LEAST_MASKED} to {MOST_MASKED} with role 'train'")
+    if quorum < LEAST_MASKED:
+        what = f"quorum is {quorum}: the sum of so few says too much of each"
+        yield Mistake(("quorum",), what, f"at least {LEAST_MASKED} with outer.secure_sum")
+
+
+def compared_secure_sums_fit(evaluation: EvaluationSpec, privacy: PrivacySpec | None) -> Iterator[Mistake]:
+    """The same of a comparison with an optimiser of its own."""
+    for index, other in enumerate(evaluation.compare):
+        if other.outer and other.outer.secure_sum and (other.outer.weights != "equal" or (privacy and privacy.monitor)):
+            what = "a secure sum with weights or scores that the lab would need to see"
+            yield Mistake(("evaluation", "compare", index, "outer"), what, "leave outer.secure_sum out of comparisons")
 
 
 def network_fits_task(model: ModelSpec, task: TaskSpec) -> Iterator[Mistake]:
@@ -177,6 +207,8 @@ RULES = (
     shared_head_fits,
     precision_has_noise,
     score_is_asked_for,
+    secure_sum_fits,
+    compared_secure_sums_fit,
     network_fits_task,
     algorithm_fits,
     comparisons_fit,

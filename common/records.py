@@ -1,7 +1,8 @@
 """What the lab and a site say to each other; `common.wire` gives it its form.
 
-Every field of a reply is either charged to the site's ledger or independent of the site's data; the comment beside it
-says which.
+`SiteReply` is the whole list of what leaves a hospital: every field says which private query it is charged to, or why
+it does not depend on the hospital's data. A field that says neither does not import. What a person reads before approving
+a study (`common.plan_in_words`) is made from this list.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import numpy as np
 
 PREPARE = "query.prepare"  # Flower message types
 TRAIN = "train.round"
+
+_DISCLOSURE = "disclosure"
 
 Arrays = dict[str, np.ndarray]
 
@@ -50,25 +53,56 @@ class TrainInstruction:
     shared: Arrays  # the trainable shared parameters
     ledger_rows: int = 0  # as in PrepareInstruction
     ledger_head: str = ""
+    roster: str = ""  # who takes part in the round's secure sum, with their masking keys; empty without one
+
+
+@dataclass(frozen=True)
+class Disclosure:
+    """Why a field of a reply may leave the hospital."""
+
+    words: str  # what it is, for a reader
+    why: str  # charged: the private queries it is a function of; else: why it does not depend on data
+    charged: bool
+
+
+def _charged(words: str, why: str) -> dict[str, Disclosure]:
+    return {_DISCLOSURE: Disclosure(words, why, charged=True)}
+
+
+def _public(words: str, why: str) -> dict[str, Disclosure]:
+    return {_DISCLOSURE: Disclosure(words, why, charged=False)}
+
+
+def disclosures(kind: type) -> dict[str, Disclosure]:
+    """The declaration of every field of the dataclass `kind`. Raises TypeError if one has none, or an empty one."""
+    declared = {spec.name: spec.metadata.get(_DISCLOSURE) for spec in fields(kind)}
+    for name, disclosure in declared.items():
+        if disclosure is None or not disclosure.words or not disclosure.why:
+            raise TypeError(f"{kind.__name__}.{name} would leave the hospital without a charge or a reason: declare it")
+    return {name: disclosure for name, disclosure in declared.items() if disclosure is not None}
 
 
 @dataclass(frozen=True)
 class SiteReply:
     """Site to lab. `code` is 'ok' or the code of a Refusal."""
 
-    site: str  # data-independent: the registered name
-    code: str  # data-independent: a closed list (common.errors)
-    reason: str = ""  # data-independent: the Refusal's public_reason
-    version: str = ""  # data-independent
-    plan_digest: str = ""  # data-independent
-    round: int = 0  # data-independent
-    update: Arrays = field(default_factory=dict)  # charged: function of private gradient queries
-    accuracy: float = math.nan  # charged: private statistic query; nan if the plan asks for none
-    queries: int = 0  # data-independent: private queries charged for this round, fixed by the plan
-    epsilon: float = 0.0  # data-independent: the ledger's total, a function of charges
-    ledger_rows: int = 0  # data-independent
-    ledger_head: str = ""  # data-independent: hash over charges
-    seconds: float = 0.0  # wall time in a coarse bucket (powers of two)
+    site: str = field(metadata=_public("the hospital's name", "it is registered with the lab"))
+    code: str = field(metadata=_public("ok or the code of a refusal", "of the data it says only who is enrolled"))
+    reason: str = field(default="", metadata=_public("a refusal's fixed reason", "it speaks of plan and limits"))
+    version: str = field(default="", metadata=_public("the software's version", "it is installed"))
+    plan_digest: str = field(default="", metadata=_public("the plan's digest", "the plan is public"))
+    round: int = field(default=0, metadata=_public("the round", "the lab asked for it"))
+    update: Arrays = field(default_factory=dict, metadata=_charged("the update", "the algorithm's private queries"))
+    accuracy: float = field(default=math.nan, metadata=_charged("the score", "one private statistic; nan if none"))
+    queries: int = field(default=0, metadata=_public("the number of private queries", "the plan fixes it"))
+    epsilon: float = field(default=0.0, metadata=_public("the ledger's epsilon", "a function of what was charged"))
+    ledger_rows: int = field(default=0, metadata=_public("the ledger's length", "one row for each charge"))
+    ledger_head: str = field(default="", metadata=_public("the ledger's last hash", "over charges and their times"))
+    seconds: float = field(
+        default=0.0, metadata=_public("a wall time rounded up to a power of two", "coarse: client.reply_time")
+    )
+    masking_key: str = field(default="", metadata=_public("a public key for masks", "drawn at random for the study"))
+    masked_for: str = field(default="", metadata=_public("the digest of whose masks it has", "the lab named them"))
 
     @property
     def ok(self) -> bool:
@@ -92,7 +126,8 @@ def fields_and_arrays(record: Record) -> tuple[dict[str, Any], Arrays]:
 def record_of(fields: Mapping[str, Any], arrays: Arrays, kind: type[R]) -> R:
     """The record of type `kind` with these fields.
 
-    Raises MalformedRecord if a field is missing, unknown, of another type, or an array is not float32.
+    Raises MalformedRecord if a field is missing, unknown, of another type, or an array is not float32 (a reply's may be
+    uint32: masked).
     """
     expected = {k: v for k, v in kind.__dataclass_fields__.items() if k != _ARRAYS_FIELD[kind]}
     if fields.keys() != expected.keys():
@@ -101,10 +136,17 @@ def record_of(fields: Mapping[str, Any], arrays: Arrays, kind: type[R]) -> R:
         wanted = {"str": str, "int": int, "float": float}[str(spec.type)]
         if type(fields[name]) is not wanted:
             raise MalformedRecord(f"field {name} is no {spec.type}")
-    if any(value.dtype != np.float32 for value in arrays.values()):
+    if any(str(value.dtype) not in _DTYPES[kind] for value in arrays.values()):
         raise MalformedRecord("an array is not float32")
     values: dict[str, Any] = {**fields, _ARRAYS_FIELD[kind]: arrays}
     return kind(**values)
 
 
 _ARRAYS_FIELD: dict[type, str] = {PrepareInstruction: "initial", TrainInstruction: "shared", SiteReply: "update"}
+_DTYPES: dict[type, tuple[str, ...]] = {
+    PrepareInstruction: ("float32",),
+    TrainInstruction: ("float32",),
+    SiteReply: ("float32", "uint32"),
+}
+
+DISCLOSURES = disclosures(SiteReply)

@@ -2,7 +2,8 @@
 
     u = sum_i w_i u_i / sum_i w_i    over the sites i whose reply was accepted
 
-The weights are constants of the plan: a site's own count of examples would be a release that nobody charged.
+The weights are constants of the plan: a site's own count of examples would be a release that nobody charged. In a
+secure sum the u_i come masked, and only their sum can be read (`common.secure_sum`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from common.accounting import plan_cost
 from common.params import Arrays, Params
 from common.plan import StudyPlan
 from common.records import SiteReply
+from common.secure_sum import FixedPoint
 
 Template = Mapping[str, Sequence[int]]  # name -> shape
 
@@ -75,12 +78,40 @@ class RunningMean:
         return {name: (total / self._weight).float() for name, total in self._sum.items()}
 
 
+class MaskedMean:
+    """The same of masked updates, which are numbers only once every site of the round's roster has been added."""
+
+    def __init__(self, template: Template, encoding: FixedPoint) -> None:
+        self._sum = {name: np.zeros(tuple(shape), dtype=np.uint32) for name, shape in template.items()}
+        self._encoding, self._sites = encoding, 0
+
+    def add(self, update: Arrays, *, weight: float) -> None:
+        """Take in one accepted update; all weights are equal."""
+        for name, total in self._sum.items():
+            total += update[name]  # modulo 2^32
+        self._sites += 1
+
+    def mean(self) -> Params:
+        """float32 tensors. Raises ValueError if no update was taken in."""
+        if not self._sites:
+            raise ValueError("the mean of no update")
+        decoded = {name: self._encoding.decode(total) / self._sites for name, total in self._sum.items()}
+        return {name: torch.from_numpy(value).float() for name, value in decoded.items()}
+
+
 def reason_to_reject(
-    reply: SiteReply, *, site: str, plan_digest: str, round: int, template: Template, scored: bool = False
+    reply: SiteReply,
+    *,
+    site: str,
+    plan_digest: str,
+    round: int,
+    template: Template,
+    scored: bool = False,
+    masked_for: str = "",
 ) -> str | None:
     """Why this reply may not enter the mean, without any of its values; None if it may.
 
-    `scored`: its weight is its score, which must be there.
+    `scored`: its weight is its score, which must be there. `masked_for`: digest of the secure sum's roster.
     """
     if reply.site != site:
         return "the reply names another site"
@@ -92,13 +123,17 @@ def reason_to_reject(
         return "epsilon, seconds or accuracy is not a finite number"
     if scored and not 0 <= reply.accuracy <= 1:
         return "the reply has no score between 0 and 1, which would be its weight"
+    if reply.masked_for != masked_for:
+        return "the update does not carry the masks of this round's sites"
     if reply.update.keys() != template.keys():
         names = sorted(reply.update.keys() ^ template.keys())
         return f"the update's names differ from the shared parameters' in {len(names)}, as {names[0][:80]!r}"
     for name, value in reply.update.items():
         if value.shape != tuple(template[name]):
             return f"{name} has shape {value.shape}, not {tuple(template[name])}"
-        if not bool(torch.isfinite(torch.from_numpy(value)).all()):
+        if value.dtype != (np.uint32 if masked_for else np.float32):
+            return f"{name} is {value.dtype}"
+        if not masked_for and not np.isfinite(value).all():
             return f"{name} is not finite"
     return None
 

@@ -45,7 +45,7 @@ class RoundRecord:
     """One round. Round 0 is the start: its sites are what they answered when they were asked to prepare."""
 
     round: int
-    status: Literal["committed", "below_quorum"]
+    status: Literal["committed", "below_quorum"]  # of a secure sum everyone who was asked is the quorum
     seconds: float  # wall time at the lab
     update_norm: float  # L2 norm of the weighted mean update; 0 below quorum
     sites: tuple[SiteOutcome, ...]

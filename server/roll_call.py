@@ -35,6 +35,7 @@ class RollCall:
         self._plan, self._instruction, self._ledgers = plan, instruction, ledgers
         self._shown: dict[int, Ledger] = {}  # node -> what it was last told of its site's ledger
         self._ready: dict[int, str] = {}
+        self.masking_keys: dict[str, str] = {}  # by site, as it signed it; empty without a secure sum
         self._unused: dict[int, SiteOutcome] = {}  # the last word of every other node
         self._asked: dict[str, tuple[int, float]] = {}  # message id -> node, when; not answered yet
         self._last_asked: dict[int, float] = {}  # by node
@@ -132,6 +133,7 @@ class RollCall:
         else:
             self._ready[node] = site
             self._ledgers.take(site, (reply.ledger_rows, reply.ledger_head))
+            self.masking_keys[site] = reply.masking_key
 
     def _others(self) -> tuple[SiteOutcome, ...]:
         """The outcomes of unused nodes and of sites that no node answered for; no training site comes twice."""

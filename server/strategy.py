@@ -3,12 +3,14 @@
     call the roll: which node is which site, who is ready?
     each round: ask every ready site -> judge each reply as it comes -> weighted mean -> outer step -> commit
 
-Below quorum a round is recorded and the parameters stay; after three in a row the run ends. Nothing is printed: an
-Observer is told.
+Below quorum a round is recorded and the parameters stay; after three in a row the run ends. In a secure sum a single
+site that drops out does the same: it then sits out the next round, which has new masks. Nothing is printed: an Observer
+is told.
 """
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -27,7 +29,8 @@ from common.keys import SignedDocument
 from common.params import Arrays, Params, digest, norm, select, to_arrays, to_tensors
 from common.plan import StudyPlan
 from common.records import TRAIN, PrepareInstruction, SiteReply, TrainInstruction
-from server.aggregation import RunningMean, Template, reason_to_reject, site_weights, weight_of
+from common.secure_sum import fixed_point, roster_digest, roster_of
+from server.aggregation import MaskedMean, RunningMean, Template, reason_to_reject, site_weights, weight_of
 from server.exchange import address, collect, send
 from server.history import RoundRecord, SiteOutcome
 from server.ledgers import LedgerCopies
@@ -71,6 +74,9 @@ class ConsiliumStrategy(Strategy):
         self._asked: dict[str, int] = {}  # message id -> node id, of the round that runs
         self._outcomes: dict[str, SiteOutcome] = {}  # by site, of the round that runs
         self._absent: tuple[SiteOutcome, ...] = ()  # who was not ready when the round began
+        self._encoding = fixed_point(plan)
+        self._roster = ""  # whose masks the round that runs carries
+        self._dropped: set[str] = set()  # out of the last round's secure sum
         self._ledgers: dict[str, Ledger] = {}  # as each site last showed it in this study
         self._copies = LedgerCopies(settings.ledgers, study=plan.study)
         self._roll = RollCall(plan, _instruction(settings, self._initial), self._copies)
@@ -136,32 +142,41 @@ class ConsiliumStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """The round's instruction for every ready site; nothing is sampled."""
+        self._ready, self._absent = self._roll.ready, self._roll.absent
+        self._leave_out_who_dropped_out()
+        connected = online(grid, self._ready)
+        if self._encoding:
+            self._roster = roster_of(
+                {site: self._roll.masking_keys[site] for site in (self._ready[n] for n in connected)}
+            )
         instruction = TrainInstruction(
             plan_digest=self._plan.digest,
             initial_digest=self._initial_digest,
             round=server_round,
             shared=_to_arrays(arrays),
+            roster=self._roster,
         )
         self._shared = to_tensors(instruction.shared)
-        self._ready, self._absent = self._roll.ready, self._roll.absent
-        connected = online(grid, self._ready)
         ledgers = {node: self._copies.newest(self._ready[node]) for node in connected}
         return address(instruction, TRAIN, ledgers, timeout_s=self._plan.round_timeout_s)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord]:
         """Judge each reply as it comes, then move the shared parameters; None below quorum, and they stay."""
-        mean, began = RunningMean(self._template), time.monotonic()
+        mean = MaskedMean(self._template, self._encoding) if self._encoding else RunningMean(self._template)
+        began, masked_for = time.monotonic(), roster_digest(self._roster)
         self._outcomes = {}
         for message in replies:
             site = self._ready[self._asked[message.metadata.reply_to_message_id]]
-            check = partial(_objection, site, server_round, self._plan, self._template, self._ledger_objection)
+            check = partial(
+                _objection, site, server_round, self._plan, self._template, masked_for, self._ledger_objection
+            )
             outcome, reply = judge(message, site=site, seconds=time.monotonic() - began, objection=check)
             if reply is not None:
                 mean.add(reply.update, weight=weight_of(self._plan, reply, self._weights[site]))
                 self._take_ledger(site, (reply.ledger_rows, reply.ledger_head))
             self._settle(server_round, outcome)
         self._settle_silent(server_round, waited_s=time.monotonic() - began)
-        if sum(outcome.status == "ok" for outcome in self._outcomes.values()) < self._plan.quorum:
+        if not self._enough():
             return None, MetricRecord()
         return self._step(mean.mean())
 
@@ -186,6 +201,24 @@ class ConsiliumStrategy(Strategy):
     def _take_ledger(self, site: str, ledger: Ledger) -> None:
         self._ledgers[site] = ledger
         self._copies.take(site, ledger)
+
+    def _enough(self) -> bool:
+        """Whether the quorum was accepted; of a secure sum everyone whose masks are in it, for it is noise without."""
+        accepted = {site for site, outcome in self._outcomes.items() if outcome.status == "ok"}
+        asked = set(json.loads(self._roster)) if self._roster else set()
+        self._dropped = asked - accepted
+        return len(accepted) >= self._plan.quorum and not self._dropped
+
+    def _leave_out_who_dropped_out(self) -> None:
+        """For one round, if there are enough others: a site that is ready but fails would stop every secure sum."""
+        staying = {node: site for node, site in self._ready.items() if site not in self._dropped}
+        if self._dropped and len(staying) >= self._plan.quorum:
+            left_out = [site for site in self._ready.values() if site in self._dropped]
+            reason = "it dropped out of the round before"
+            self._absent += tuple(
+                SiteOutcome(site=site, status="absent", code="absent", reason=reason) for site in left_out
+            )
+            self._ready = staying
 
     def _settle(self, number: int, outcome: SiteOutcome) -> None:
         self._outcomes[outcome.site] = outcome
@@ -224,11 +257,19 @@ def _objection(
     number: int,
     plan: StudyPlan,
     template: Template,
+    masked_for: str,
     of_ledger: Callable[[SiteReply], str | None],
     reply: SiteReply,
 ) -> str | None:
-    scored = plan.outer.weights == "score"
-    reason = reason_to_reject(reply, site=site, plan_digest=plan.digest, round=number, template=template, scored=scored)
+    reason = reason_to_reject(
+        reply,
+        site=site,
+        plan_digest=plan.digest,
+        round=number,
+        template=template,
+        scored=plan.outer.weights == "score",
+        masked_for=masked_for,
+    )
     return reason or of_ledger(reply)
 
 

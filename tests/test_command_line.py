@@ -89,7 +89,10 @@ def test_a_sound_site(site: Path) -> None:
     assert "note: PHANTOM" in done.stdout
     for label in ("normal", "cyst", "mass"):
         assert label in done.stdout
+    assert "<10 patients (<10 train); mean" in done.stdout
     report = json.loads(consilium_site("data", "check", site, "--json").stdout)
+    assert (report["fit"], report["patients"], report["images_per_patient"][2]) == (True, 0, 0)
+    report = json.loads(consilium_site("data", "check", site, "--json", "--exact").stdout)
     assert report["fit"] is True
     assert report["patients"] == 9
     assert sum(count["images"] for count in report["counts"]) == report["images"]

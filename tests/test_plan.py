@@ -90,7 +90,13 @@ ONE_MISTAKE = [
     ("trainable: film", "trainable: flim", 17, "model.trainable is 'flim': must be", "did you mean 'film'?"),
     ("  clip: 1.0", "  clipp: 1.0", 29, "unknown key 'privacy.clipp'", "did you mean 'clip'?"),
     ("    role: held_out", "    rolle: held_out", 14, "unknown key 'sites.cedar.rolle'", "did you mean 'role'?"),
-    ("  lr: 1\n", "  lr: 1\n  zeal: 3\n", 23, "unknown key 'outer.zeal'", "allowed: lr, momentum, optimizer, weights"),
+    (
+        "  lr: 1\n",
+        "  lr: 1\n  zeal: 3\n",
+        23,
+        "unknown key 'outer.zeal'",
+        "allowed: lr, momentum, optimizer, secure_sum, weights",
+    ),
     ("labels: brain,", "labels: brian,", 10, "sites.birch.labels is 'brian', which is no key", "did you mean 'brain'?"),
     ("out: [alder]", "out: [elder]", 32, "evaluation.leave_one_out names 'elder'", "did you mean 'alder'?"),
     ("out: [alder]", "out: [alder, alder]", 32, "evaluation.leave_one_out names 'alder' twice", "keep one"),
@@ -478,6 +484,8 @@ OTHERS: dict[str, list[Any]] = {  # valid values to try for the fields that are 
     "prevalence": [],
     "subgroups": [{"old": {"min_age": 60}}],
     "fuse": ["patient"],
+    "noise": ["discrete"],
+    "secure_sum": [],  # tests/test_secure_sum.py: it wants more sites
 }
 
 

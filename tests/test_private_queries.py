@@ -897,7 +897,7 @@ class FeaturesNotBounded(PrivateDataset):
             return super()._class_vectors(rows, patient, 1e9) * torch.tensor([1e9 / radius] * 32 + [1.0])
 
 
-def _sum_of_means(values: Tensor, patient: Tensor, radius: float) -> Tensor:
+def _sum_of_means(values: Tensor, patient: Tensor, radius: float, lattice: object) -> Tensor:
     return torch.stack([values[patient == p].mean(dim=0) for p in patient.unique()]).sum(dim=0)
 
 

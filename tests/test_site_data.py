@@ -195,7 +195,7 @@ def test_no_error_quotes_a_pseudonym_a_label_or_a_path(tmp_path: Path, plan: Stu
         ("\n", "manifest.csv:1: the manifest is empty"),
         ("path,label,patient\n", "the site has no usable image -- check the manifest or npz"),
         ('path,label,patient\n"a.png,lesion,p1\n', "manifest.csv: cannot be read as a CSV file: Error"),
-        ("path,label,patient\na.png,lesion,p1\n", "1 training patients, but the plan declares 2 for this site"),
+        ("path,label,patient\na.png,lesion,p1\n", "<10 training patients, but the plan declares 2 for this site"),
         ("path,label,patient\n\0,lesion,p1\n", "manifest.csv:2: image: no valid path"),
     ],
 )

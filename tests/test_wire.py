@@ -99,6 +99,13 @@ def test_a_message_is_one_array_however_many_a_record_has() -> None:
     assert len(record) == 1
 
 
+def test_only_a_reply_may_carry_masked_numbers() -> None:
+    masked = {"w": np.arange(3, dtype=np.uint32)}
+    assert np.array_equal(decode(encode(SiteReply("alder", "ok", update=masked)), SiteReply).update["w"], masked["w"])
+    with pytest.raises(MalformedRecord, match="an array is not float32"):
+        decode(encode(TrainInstruction("p", "i", 1, masked)), TrainInstruction)
+
+
 def test_messages_that_differ_in_fields_share_their_arrays() -> None:
     """Flower stores what is equal once: a hundred hospitals are one model there."""
     one = encode(GOOD)
@@ -164,11 +171,11 @@ def test_one_record_is_not_taken_for_another(kind: Any) -> None:
 @pytest.mark.parametrize(
     "values",
     [[], None, 1, "x", {}, {"plan_digest": "a", "initial_digest": "b"},
-     {"plan_digest": "a", "initial_digest": "b", "round": 1, "more": 1},
-     {"plan_digest": "a", "initial_digest": "b", "round": True},
-     {"plan_digest": "a", "initial_digest": "b", "round": 1.0},
-     {"plan_digest": None, "initial_digest": "b", "round": 1},
-     {"plan_digest": "a", "initial_digest": "b", "round": 1, "shared": {}}],
+     {"plan_digest": "a", "initial_digest": "b", "roster": "", "round": 1, "more": 1},
+     {"plan_digest": "a", "initial_digest": "b", "roster": "", "round": True},
+     {"plan_digest": "a", "initial_digest": "b", "roster": "", "round": 1.0},
+     {"plan_digest": None, "initial_digest": "b", "roster": "", "round": 1},
+     {"plan_digest": "a", "initial_digest": "b", "roster": "", "round": 1, "shared": {}}],
     ids=str,
 )  # fmt: skip
 def test_a_field_that_is_missing_unknown_or_of_another_type_is_malformed(values: object) -> None:
@@ -178,7 +185,7 @@ def test_a_field_that_is_missing_unknown_or_of_another_type_is_malformed(values:
 
 @pytest.mark.parametrize("kind", [np.float64, np.float16, np.int32, np.uint8, np.bool_])
 def test_only_float32_is_an_array(kind: Any) -> None:
-    values = {"plan_digest": "a", "initial_digest": "b", "round": 1, "ledger_rows": 0, "ledger_head": ""}
+    values = {"plan_digest": "a", "initial_digest": "b", "roster": "", "round": 1, "ledger_rows": 0, "ledger_head": ""}
     assert unpack(with_fields(values, w=np.zeros(2, np.float32)), TrainInstruction).round == 1
     with pytest.raises(MalformedRecord, match="an array is not float32"):
         unpack(with_fields(values, w=np.zeros(2, kind)), TrainInstruction)

@@ -31,6 +31,12 @@ from common.wire import decode, encode
 from tests.conftest import PlanMaker, SiteMaker, join_lab
 
 
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies of real sites are held until their span ends (tests/test_disclosure.py); not here."""
+    monkeypatch.setattr("client.reply_time.time.sleep", lambda seconds: None)
+
+
 def start(plan: StudyPlan) -> tuple[Arrays, Arrays]:
     """(what starts a run, what travels in each of its rounds) as a lab would send them."""
     network = network_of(plan, "alder")
@@ -276,7 +282,7 @@ def test_data_that_does_not_fit_is_refused_and_explained_at_the_site_only(
     folder, plan = make_site("alder", patients=4), make_plan()
     reply = prepare(Worker(folder, state=folder / "state", simulated=True), plan)
     assert (reply.code, reply.reason) == ("site-unfit", "the site's data does not fit the plan")
-    assert "4" in (folder / "state" / "site.log").read_text()
+    assert "<10 training patients, but the plan declares 10" in (folder / "state" / "site.log").read_text()
 
 
 def test_a_site_that_the_plan_does_not_name_is_refused(make_site: SiteMaker, make_plan: PlanMaker) -> None:

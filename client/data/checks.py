@@ -14,6 +14,7 @@ import numpy as np
 from client.data.intake import Target, count_problems, fit_rows, plan_target, read_rows
 from client.data.rows import Details, Row, refuse
 from client.site import SiteConfig, load_site_config
+from common.disclosure import coarse
 from common.errors import Problem, UsageError
 from common.findings import NO_FINDING, findings_in
 from common.plan import StudyPlan, TaskKind
@@ -56,6 +57,27 @@ class SiteReport:
     def to_json(self) -> dict[str, object]:
         """Plain values, with `fit` beside the fields."""
         return {**dataclasses.asdict(self), "folder": str(self.folder), "fit": self.fit}
+
+
+def coarsened(report: SiteReport) -> SiteReport:
+    """What of a report may be shown outside the hospital: counts by `common.disclosure`, ages in tens, no extremes.
+
+    Labels, splits and details that fewer than ten patients or images have stay listed, with a count of 0.
+    """
+    ages = report.ages
+    return dataclasses.replace(
+        report,
+        counts=tuple(Count(c.label, c.split, coarse(c.images), coarse(c.patients)) for c in report.counts),
+        images=coarse(report.images),
+        patients=coarse(report.patients),
+        training_patients=coarse(report.training_patients),
+        images_per_patient=(0, round(report.images_per_patient[1]), 0),
+        masks=coarse(report.masks),
+        modalities={name: coarse(count) for name, count in report.modalities.items()},
+        sexes={name: coarse(count) for name, count in report.sexes.items()},
+        scanners={name: coarse(count) for name, count in report.scanners.items()},
+        ages=(10 * math.floor(ages[0] / 10), 10 * math.ceil(ages[1] / 10)) if ages else None,
+    )
 
 
 def check_site(folder: Path, plan: StudyPlan | None = None, *, site: str | None = None) -> SiteReport:

@@ -15,6 +15,7 @@ from client.data.npz import npz_rows
 from client.data.readers import UnreadableImageError, fit_image, fit_mask
 from client.data.rows import Row, one_split_each, refuse
 from client.site import SITE_FILE, SiteConfig
+from common.disclosure import shown
 from common.errors import DataError, Problem
 from common.findings import FINDINGS_BETWEEN, NO_FINDING, findings_in
 from common.plan import RowFilter, StudyPlan, TaskKind
@@ -77,7 +78,8 @@ def count_problems(folder: Path, rows: int, training_patients: int, target: Targ
         return [Problem(where, "the site has no usable image", remedy)]
     if target and training_patients < target.patients:
         healthy = " with a healthy image" if target.kind == "anomaly" and target.trains else ""
-        what = f"{training_patients} training patients{healthy}, but the plan declares {target.patients} for this site"
+        found = f"{shown(training_patients)} training patients{healthy}"
+        what = f"{found}, but the plan declares {target.patients} for this site"
         return [Problem(where, what, "enrol more, or have the lab declare fewer (sites.<name>.patients)")]
     return []
 
