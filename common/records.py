@@ -1,8 +1,8 @@
 """What the lab and a site say to each other; `common.wire` gives it its form.
 
 `SiteReply` is the whole list of what leaves a hospital: every field says which private query it is charged to, or why
-it does not depend on the hospital's data. A field that says neither does not import. What a person reads before approving
-a study (`common.plan_in_words`) is made from this list.
+it does not depend on the hospital's data. A field that says neither does not import. What a person reads before
+approving a study (`common.plan_in_words`) is made from this list.
 """
 
 from __future__ import annotations
