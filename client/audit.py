@@ -17,7 +17,7 @@ from typing import Any
 from client import approval
 from client.audit_episodes import episode_checks
 from client.membership import SITE_KEY
-from client.one_run import OneRun, one_run_audits
+from client.one_run import OneRun, departures, one_run_audits
 from client.selftest import Check, run_self_test
 from client.site import SiteConfig, load_site_config
 from common.accounting import PrivacyCost, plan_cost, queries_per_round
@@ -50,6 +50,7 @@ class AuditReport:
     noise_multiplier: float
     checks: tuple[Check, ...]
     runs: tuple[OneRun, ...]
+    departures: tuple[str, ...]  # of the attacked study from the planned one
 
     @property
     def verdict(self) -> str:
@@ -109,6 +110,7 @@ def run_audit(folder: Path, plan: StudyPlan, tick: Tick = lambda share, what: No
         noise_multiplier=cost.noise_multiplier,
         checks=checks,
         runs=runs,
+        departures=departures(plan, runs),
     )
 
 

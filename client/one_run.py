@@ -16,7 +16,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from common.learner import Learner
 from common.models import Network, head_names, parameters
 from common.params import Params, add, select, to_arrays, to_tensors, zeros_like
 from common.plan import StudyPlan
+from common.plan_rules import EPISODIC
 from common.starting_point import network_of, travelling
 from common.tasks import Task, task_of
 
@@ -174,6 +175,22 @@ class _Audit:
         while grant.left:
             total = add(total, private.episode_gradient(self.theta, _pull_of_canaries), scale=-1.0)
         return total
+
+
+def departures(plan: StudyPlan, runs: Sequence[OneRun]) -> tuple[str, ...]:
+    """Where the attack on the whole study was not quite the study; a report says so."""
+    found = [
+        f"Beside {CANARIES} canaries stood at most {_CROWD} drawn patients; the declared number set noise and mean."
+    ]
+    rounds = min(run.rounds for run in runs)
+    if rounds < plan.rounds:
+        found.append(f"Of {plan.rounds} rounds {rounds} were run, as many as half a minute allows.")
+    if plan.algorithm.name in EPISODIC:
+        what = "Canaries of one episode share its clip, and episodes were asked for directly: a weak attack."
+        found.append(f"{what} The strong one is that on the single question.")
+    if plan.algorithm.name == "mapping":
+        found.append("As many questions of Reptile stood for those of model mapping.")
+    return tuple(found)
 
 
 def _audit_of(plan: StudyPlan, cost: PrivacyCost, noise: float) -> _Audit:

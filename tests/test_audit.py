@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -15,7 +16,7 @@ from client.audit_episodes import episode_checks
 from client.cli import app
 from client.ledger import FILE
 from client.membership import init_site
-from client.one_run import STRICT_DELTA, STRICT_EPSILON, OneRun, one_run_audits
+from client.one_run import STRICT_DELTA, STRICT_EPSILON, OneRun, departures, one_run_audits
 from client.private_data import PrivateDataset
 from client.selftest import Check
 from common.accounting import plan_cost
@@ -197,6 +198,26 @@ def test_the_worst_verdict_is_the_report_s(
     assert f'<section class="verdict {verdict}">' in (folder / "audit" / PAGE).read_text()
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "said"),
+    [
+        ({"name": "reptile", "inner_steps": 1}, ()),
+        ({"name": "maml", "inner_steps": 1, "episodes": 2}, ("a weak attack",)),
+    ],
+    ids=["reptile", "maml"],
+)
+def test_the_page_says_where_the_attack_was_not_quite_the_study(
+    make_site: SiteMaker, make_plan: PlanMaker, algorithm: dict[str, Any], said: tuple[str, ...]
+) -> None:
+    folder = a_site(make_site("alder"))
+    plan = make_plan(rounds=3, algorithm=algorithm)
+    write_audit(folder, a_report(plan), folder / "audit")
+    page = (folder / "audit" / PAGE).read_text()
+    for words in ("Beside 600 canaries stood at most 200 drawn patients", "Of 3 rounds 1 were run", *said):
+        assert words in page
+    assert ("weak attack" in page) == (algorithm["name"] == "maml")
+
+
 def a_report(plan: StudyPlan) -> AuditReport:
     run = OneRun(
         title="a run", verdict="PASS", claimed=8.0, delta=0.01, shown=float("nan"), noise_multiplier=1.0, rounds=1
@@ -215,6 +236,7 @@ def a_report(plan: StudyPlan) -> AuditReport:
         noise_multiplier=1.0,
         checks=(check("PASS"),),
         runs=(run, run),
+        departures=departures(plan, (run, run)),
     )
 
 
