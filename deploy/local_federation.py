@@ -82,7 +82,7 @@ class LocalFederation:
         host: str = "127.0.0.1",
         inside: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        """`host` is where sites reach the lab; `inside` puts words before the commands of "lab" or of a site."""
+        """`host` is where sites reach the lab; `inside` puts words before the service of a site."""
         self.inside = inside or {}
         self.folder, self.lab, self.sites = folder, folder / "lab", tuple(sites)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
@@ -142,13 +142,9 @@ class LocalFederation:
             return False
 
     def online(self) -> set[str]:
-        """Who is connected, by the lab's metrics; on another host by its status, which takes longer."""
-        if "lab" not in self.inside:
-            metrics = self.metrics()
-            return {site for site in self.sites if f'consilium_site_online{{site="{site}"}} 1.0' in metrics}
-        asked = [*self.inside.get("lab", ()), *command("consilium-lab", "status", "--lab", self.lab, "--json")]
-        status = json.loads(subprocess.run(asked, env=_ENVIRONMENT, capture_output=True, text=True, timeout=60).stdout)
-        return {site["site"] for site in status["sites"] if site["online"]}
+        """Who is connected, by the lab's metrics."""
+        metrics = self.metrics()
+        return {site for site in self.sites if f'consilium_site_online{{site="{site}"}} 1.0' in metrics}
 
     def metrics(self) -> str:
         """What Prometheus would read; empty while the lab does not serve."""
@@ -162,10 +158,7 @@ class LocalFederation:
     def run(self, study: Path, *, minutes: float = 5) -> subprocess.Popen[str]:
         """`consilium-lab run` in the background."""
         return subprocess.Popen(
-            [
-                *self.inside.get("lab", ()),
-                *command("consilium-lab", "run", study, "--lab", self.lab, "--wait", minutes),
-            ],
+            command("consilium-lab", "run", study, "--lab", self.lab, "--wait", minutes),
             env=_ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from client.data.phantoms import make_phantom_sites
 from client.ledger import Ledger
 from common.accounting import plan_cost
+from common.addresses import parse_address
 from common.plan import load_plan
 from deploy.local_federation import ROOT, LocalFederation, call, local_federation, told, wait_for
 from server import certificates
@@ -71,12 +72,13 @@ def test_two_hospitals_and_a_lab_from_init_to_report(folder: Path) -> None:
     clock, environment = shifted_clock(folder)
     with (
         small_disk(folder / "alder" / "state") as fill,
-        local_federation(folder, SITES, inside={"cedar": environment}) as federation,
+        host_apart() as (lab_address, inside, link),
+        local_federation(folder, SITES, host=lab_address, inside={"alder": inside, "cedar": environment}) as federation,
     ):
         nobody_else_gets_in(federation)
         three_studies_side_by_side(federation)
         a_bundle_with_code_is_not_opened(federation)
-        a_full_disk_a_wrong_clock_and_an_expired_certificate(federation, fill, clock)
+        a_full_disk_a_wrong_clock_an_expired_certificate_and_a_cut_link(federation, fill, clock, link)
         a_revoked_site_is_shut_out_at_once(federation)
 
 
@@ -173,12 +175,15 @@ def a_bundle_with_code_is_not_opened(federation: LocalFederation) -> None:
     assert not list(federation.folder.rglob("stolen"))
 
 
-def a_full_disk_a_wrong_clock_and_an_expired_certificate(
-    federation: LocalFederation, fill: Callable[[bool], None] | None, clock: Path
+def a_full_disk_a_wrong_clock_an_expired_certificate_and_a_cut_link(
+    federation: LocalFederation,
+    fill: Callable[[bool], None] | None,
+    clock: Path,
+    link: Callable[[str], object] | None,
 ) -> None:
     """Each takes one hospital, or the lab, out of a running study, is named, and is over when it is mended."""
     study = write_study(
-        federation.folder, "weather", rounds=14, quorum=1, round_timeout_s=20, privacy={"epsilon": 1, "clip": 1.0}
+        federation.folder, "weather", rounds=40, quorum=1, round_timeout_s=20, privacy={"epsilon": 1, "clip": 1.0}
     )
     run = federation.run(study)
     for site in SITES:
@@ -200,9 +205,15 @@ def a_full_disk_a_wrong_clock_and_an_expired_certificate(
     expire_certificate(federation.lab)
     wait_for("cedar again", lambda: code("cedar") == "ok")
     assert days_left(read_certificate(open_lab(federation.lab).server_certificate)) > 300
-    federation.finish(run)
+    if link is not None:
+        link("down")
+        wait_for("a round without alder", lambda: code("alder") in ("late", "absent", "node-lost"))
+        link("up")
+        wait_for("alder again", lambda: code("alder") == "ok")
+    call("consilium-lab", "stop", "weather", "--lab", federation.lab)
+    federation.finish(run, code=1)
     records = federation.history("weather")
-    assert [record["round"] for record in records] == list(range(15))
+    assert [record["round"] for record in records] == list(range(len(records)))
     for site in SITES:
         taken = {r["round"] for r in records[1:] for o in r["sites"] if (o["site"], o["code"]) == (site, "ok")}
         charged = [c.round for c in Ledger.existing(federation.folder / site / "state").charges()][2:]
@@ -256,13 +267,45 @@ datetime.datetime = Shifted
 """
 
 
+@contextmanager
+def host_apart() -> Iterator[tuple[str, list[str], Callable[[str], object] | None]]:
+    """A hospital on a host of its own, a network namespace with one link to the lab's.
+
+    (the lab's address there, words before the hospital's commands, what puts the link down or up); on loopback, and
+    without a link to cut, where a test may make no namespace.
+    """
+    name = f"c{os.getpid() % 10000}"
+
+    def ip(words: str) -> bool:
+        return subprocess.run(["ip", *words.split()], capture_output=True, timeout=20, check=False).returncode == 0
+
+    steps = (
+        f"netns add {name}",
+        f"link add {name} type veth peer name eth0 netns {name}",
+        f"addr add 10.99.7.1/24 dev {name}",
+        f"link set {name} up",
+        f"-n {name} addr add 10.99.7.2/24 dev eth0",
+        f"-n {name} link set eth0 up",
+        f"-n {name} link set lo up",
+    )
+    try:
+        if shutil.which("ip") and all(map(ip, steps)):
+            yield "10.99.7.1", ["ip", "netns", "exec", name], lambda state: ip(f"link set {name} {state}")
+        else:
+            yield "127.0.0.1", [], None
+    finally:
+        if shutil.which("ip"):
+            ip(f"netns del {name}")
+
+
 def expire_certificate(lab: Path) -> None:
     """Put a server certificate in place that ended yesterday; the running server shows it, until it renews it."""
     opened = open_lab(lab)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certificates, "SERVER_DAYS", -1)
         patch.setattr(certificates, "_BACKDATED", datetime.timedelta(days=9))
-        opened.authority.issue("127.0.0.1", certificate=opened.server_certificate, key=opened.server_key)
+        host, _ = parse_address(opened.config.address)
+        opened.authority.issue(host, certificate=opened.server_certificate, key=opened.server_key)
 
 
 def nobody_else_gets_in(federation: LocalFederation) -> None:
