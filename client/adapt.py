@@ -102,7 +102,7 @@ def sights(start: Params | None, data: SiteData, plan: StudyPlan, *, count: int,
     )
     groups = support_groups(data, split, rng_of(seed, "draw", data.site, 0, 0))
     phi, support = learned.adapted(support_rows(groups, plan.evaluation.lead_shots))
-    rows, inputs = _spread(data, split, count), learned.inputs
+    rows, inputs = spread(data, split.query, count), learned.inputs
     answers = answers_of(learned.learner, phi, support, inputs[rows], plan)
     if plan.task.kind == "segmentation":
         return [
@@ -198,13 +198,13 @@ def train(learner: Learner, params: Params, data: SiteData, rows: Tensor, rng: t
     return parameters(network)
 
 
-def _spread(data: SiteData, split: Split, count: int) -> Tensor:
-    """`count` query rows, the labels in turn."""
+def spread(data: SiteData, rows: Tensor, count: int) -> Tensor:
+    """`count` of these rows, the labels in turn."""
 
     def of_label(label: int) -> Iterator[int]:
-        return iter(split.query[data.strata[split.query] == label].tolist())
+        return iter(rows[data.strata[rows] == label].tolist())
 
-    turns = [of_label(label) for label in data.strata[split.query].unique().tolist()]
+    turns = [of_label(label) for label in data.strata[rows].unique().tolist()]
     chosen: list[int] = []
     while turns and len(chosen) < count:
         turn = turns.pop(0)
