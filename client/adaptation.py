@@ -155,7 +155,10 @@ def adapt_site(
         healthy_scores=sorted(seen.answers[data.labels[seen.rows] == 0].tolist()) if kind == "anomaly" else [],
         notes=notes,
         seconds=time.monotonic() - began,
-        **calibrated,
+        temperature=calibrated.temperature,
+        calibration_before=calibrated.before,
+        calibration_after=calibrated.after,
+        least_confidence=calibrated.least_confidence,
     )
     features = features_of(learned, phi, support.inputs)
     modalities = torch.zeros(0) if data.modalities is None else data.modalities[rows].float()
@@ -171,22 +174,24 @@ def _patients_who_did_not_train(folder: Path, data: SiteData) -> SiteData:
     return held
 
 
-def _calibrated(data: SiteData, seen: OutOfFold, share: float) -> dict[str, float | None]:
-    """Temperature, calibration error before and after, and the least confidence: from patients held out."""
+@dataclass(frozen=True)
+class _Calibrated:
+    """What held-out patients say of stated probabilities; None for anomalies, which have none."""
+
+    temperature: float | None
+    before: float | None  # calibration error
+    after: float | None
+    least_confidence: float | None
+
+
+def _calibrated(data: SiteData, seen: OutOfFold, share: float) -> _Calibrated:
     if data.kind == "anomaly":
-        names = ("temperature", "calibration_before", "calibration_after", "least_confidence")
-        return dict.fromkeys(names)
+        return _Calibrated(None, None, None, None)
     held = data.rows(seen.rows)
     heat = _temperature(held, seen.answers)
     sure = confidence(probabilities(seen.answers, data.kind, heat), data.kind)
     least = least_confidence(sure, rightness(held, seen.answers), share=share, least=_LEAST_ANSWERED)
-    before, after = _calibration_errors(held, seen)
-    return {
-        "temperature": heat,
-        "calibration_before": before,
-        "calibration_after": after,
-        "least_confidence": least,
-    }
+    return _Calibrated(heat, *_calibration_errors(held, seen), least)
 
 
 def _temperature(data: SiteData, answers: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -21,6 +22,7 @@ _STAYS = "Nothing left this hospital and nothing was charged; the model is for i
 def add_commands(app: typer.Typer) -> None:
     """Give the hospital's command line these commands."""
     app.command()(adapt)
+    app.command()(predict)
 
 
 def adapt(
@@ -63,6 +65,41 @@ def adapt(
         return
     _show(facts)
     typer.echo(f"Model: {where}  Report: {where / 'report.html'}")
+
+
+def predict(
+    source: Annotated[Path, typer.Argument(help="A site's folder, or any folder of images.")],
+    model: Annotated[Path, typer.Option(help="A folder that `adapt` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for predictions.csv, overlays and masks; new or empty.")],
+    modality: Annotated[str | None, typer.Option(help="What the images are, where the study names several.")] = None,
+    confidence: Annotated[
+        float | None, typer.Option(help="Answer from such a confidence on, whatever `adapt` found.", min=0.0, max=1.0)
+    ] = None,
+    overlays: Annotated[bool, typer.Option(help="Draw what each answer looks at.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Say what an adapted model says about images, with calibrated probabilities; nothing where it should not.
+
+    Files that cannot be read are named and left out. Not a medical device.
+    """
+    from client.adapted_model import load_adapted
+    from client.predict import TABLE
+    from client.predict import predict as answer_all
+
+    adapted = load_adapted(model)
+    done = answer_all(source, adapted, out, modality=modality, least=confidence, overlays=overlays)
+    if as_json:
+        problems = [str(problem) for problem in done.problems]
+        told = {"images": done.counts, "left_out": problems, "images_per_second": round(done.speed, 2)}
+        typer.echo(json.dumps(told, indent=2))
+        return
+    for problem in done.problems:
+        typer.secho(str(problem), fg=typer.colors.YELLOW, err=True)
+    counts = ", ".join(f"{count} {status}" for status, count in done.counts.items())
+    typer.echo(f"{done.images} images: {counts}; {len(done.problems)} left out; {done.speed:.1f} images a second")
+    if adapted.facts.phantom:
+        typer.echo("The model was adapted to PHANTOMS, drawn images: it says nothing about people.")
+    typer.echo(f"Not a medical device. {out / TABLE}")
 
 
 def _show(facts: Facts) -> None:
