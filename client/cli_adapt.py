@@ -23,6 +23,7 @@ def add_commands(app: typer.Typer) -> None:
     """Give the hospital's command line these commands."""
     app.command()(adapt)
     app.command()(predict)
+    app.command()(export)
 
 
 def adapt(
@@ -100,6 +101,20 @@ def predict(
     if adapted.facts.phantom:
         typer.echo("The model was adapted to PHANTOMS, drawn images: it says nothing about people.")
     typer.echo(f"Not a medical device. {out / TABLE}")
+
+
+def export(
+    model: Annotated[Path, typer.Option(help="A folder that `adapt` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the files; new or empty.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="ONNX too, checked against torch (consilium[export]).")] = False,
+) -> None:
+    """Write an adapted model as safetensors with a model card, for use inside the hospital."""
+    from client.adapted_model import load_adapted
+    from client.export import export as write
+
+    names = write(load_adapted(model), out, onnx=onnx)
+    typer.echo(f"{out}: {', '.join(names)}")
+    typer.echo("Its weights were adapted without differential privacy: it stays in the hospital. Not a medical device.")
 
 
 def _show(facts: Facts) -> None:
