@@ -42,7 +42,8 @@ from client.splits import Split, rng_of, shortage, support_groups, support_rows
 from client.subgroups import groups_of, rightness
 from common.errors import DataError, Problem
 from common.metrics import classification_metrics, metrics_of, multilabel_metrics
-from common.params import Params, digest, to_arrays
+from common.models import build_model, parameters
+from common.params import Params, digest, select, to_arrays
 from common.plan import StudyPlan
 from common.records import software_version
 from common.trials import Estimate
@@ -104,7 +105,8 @@ def adapt_site(
     groups = support_groups(data, Split(torch.arange(len(data)), torch.arange(0)), rng_of(plan.seed, "own", data.site))
     rows = support_rows(groups, count)
     phi, support, spec = adapted_here(learned, rows)
-    params = whole_start(start.params, data, plan) | phi
+    whole = whole_start(start.params, data, plan) | phi
+    params = select(whole, parameters(build_model(plan.model, plan.task, ways=data.ways)))  # no rates of Meta-SGD
     kind = plan.task.kind
     notes += sorted({fold.note for fold in crossed.folds if fold.note} | set(filter(None, [shortage(groups, count)])))
     share = share_right or (SHARE_RIGHT_MASKS if kind == "segmentation" else SHARE_RIGHT)

@@ -45,7 +45,7 @@ def write_page(path: Path, adaptation: Adaptation) -> None:
     )  # fmt: skip
     page = environment.get_template("adaptation.html").render(
         facts=facts,
-        sentence=told(facts.kind, facts),
+        sentence=told(facts),
         arms=ARMS,
         own=META,
         metrics=metrics_of(facts.kind),

@@ -168,22 +168,22 @@ def load_adapted(folder: Path) -> AdaptedModel:
     return AdaptedModel(facts, plan, params, Support(**tensors))
 
 
-def told(kind: TaskKind, facts: Facts) -> str:
+def told(facts: Facts) -> str:
     """Whether a gain over both other ways is shown, in one honest sentence."""
-    lead = lead_metric(kind)
-    title = metrics_of(kind)[lead][0].lower()
+    lead = lead_metric(facts.kind)
+    title = metrics_of(facts.kind)[lead][0]
     gains = {arm: facts.gains[arm][lead] for arm in facts.gains}
     shown = [arm for arm, gain in gains.items() if gain.low is not None and gain.low > 0]
     worse = [arm for arm, gain in gains.items() if gain.high is not None and gain.high < 0]
     if len(shown) == len(gains):
         least = min((gain for gain in gains.values() if gain.mean is not None), key=lambda gain: gain.mean or 0.0)
-        return f"A gain is shown: {in_figures(least)} more {title} than the better of the other two ways."
+        return f"A gain is shown: {title} is {in_figures(least)} higher than by the better of the other two ways."
     if worse:
         return f"The meta-initialization is worse here than {' and '.join(ARMS[arm] for arm in worse)}: do not use it."
     if shown:
         rest = " and ".join(ARMS[arm] for arm in gains if arm not in shown)
         return f"A gain is shown over {ARMS[shown[0]]}, and none over {rest}."
-    return "No gain is shown: on these patients the meta-initialization is not told from a random initialization."
+    return "No gain is shown: on these patients nothing tells the meta-initialization from a random initialization."
 
 
 def in_figures(value: Measured) -> str:

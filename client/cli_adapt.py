@@ -136,7 +136,7 @@ def _show(facts: Facts) -> None:
         typer.echo("PHANTOMS: drawn images, no patients.")
     for note in facts.notes:
         typer.secho(f"note: {note}", fg=typer.colors.YELLOW)
-    typer.echo(told(facts.kind, facts))
+    typer.echo(told(facts))
     typer.echo(f"The meta-initialization's privacy: {facts.start_privacy}.")
     typer.echo(f"{_STAYS} {facts.seconds:.0f} s.")
 

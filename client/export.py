@@ -110,7 +110,7 @@ def _card(facts: Facts, onnx: bool) -> Iterator[str]:
     yield ""
     yield "## How well"
     yield ""
-    yield told(facts.kind, facts)
+    yield told(facts)
     yield ""
     yield f"{facts.repeats} times {facts.folds} folds by patient; mean and 95 % interval."
     yield ""
