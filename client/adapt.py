@@ -132,7 +132,7 @@ class Learned:
         """Where only the head adapts, the input is the body's features, computed once for all draws."""
         network = build_model(plan.model, plan.task, ways=data.ways)
         params, learner = whole_start(start, data, plan), Learner(network, task_of(plan, data.site))
-        if not body_stays(plan):
+        if not _body_stays(plan):
             return cls(learner, params, data.inputs(), data, plan)
         with torch.no_grad():
             features = torch.cat([learner.features(params, chunk) for chunk in data.inputs().split(_CHUNK)])
@@ -156,7 +156,7 @@ class Learned:
 
     def _adapted_to_healthy(self, support: Batch) -> Params:
         """By the task's own views of healthy images; a body that stays needs none, for it is only compared with."""
-        if body_stays(self.plan):
+        if _body_stays(self.plan):
             return self.params
         rng = rng_of(self.plan.seed, "views", len(support.inputs))
         views = evenly(*self.learner.task.views(support.inputs, support.targets, rng))
@@ -165,7 +165,7 @@ class Learned:
         return adapt(self.learner, self.params, views, self.plan.evaluation.adaptation, algorithm)
 
 
-def body_stays(plan: StudyPlan) -> bool:
+def _body_stays(plan: StudyPlan) -> bool:
     """Whether an adaptation leaves the body as it is, and its features are vectors that can be kept."""
     moves = plan.evaluation.adaptation.trainable != "head" or ALGORITHMS[plan.algorithm.name].adapts_body
     return not moves and plan.model.name in ("conv4", "resnet")
