@@ -92,11 +92,11 @@ def _examples(adaptation: Adaptation) -> Iterator[tuple[np.ndarray, str]]:
             truth = data.targets_at(torch.tensor([row]))[0].numpy()
             yield pictures.agreement(image, truth, found), "found and true blue, wrongly found red, missed yellow"
             continue
-        yield pictures.outlined(image, None), f"true: {_truth(adaptation, row)}"
-        words = (
+        panel = pictures.outlined(image, None), pictures.heated(image, heat[place].numpy(), None)
+        said = (
             f"score {answers[place]:.2f}" if facts.kind == "anomaly" else f"said: {_said(adaptation, answers[place])}"
         )
-        yield pictures.heated(image, heat[place].numpy(), None), words
+        yield np.concatenate(panel, axis=1), f"true: {_truth(adaptation, row)}; {said}"
 
 
 def _truth(adaptation: Adaptation, row: int) -> str:

@@ -136,7 +136,7 @@ def _card(facts: Facts, onnx: bool) -> Iterator[str]:
     yield ""
     yield "* Measured on patients of this hospital alone: another scanner or population may differ without a sign."
     yield "* Labels were taken as they stand; what was labelled wrongly is learned and measured wrongly."
-    yield "* A heat map shows what speaks for an answer, not why, and not whether it is right."
+    yield "* A heat map shows what speaks for an answer, in spots of 16 pixels, not why or whether it is right."
     for note in facts.notes:
         yield f"* {note}"
 
