@@ -33,7 +33,7 @@ from common.tasks import task_of
 from common.trials import CEILING, Kind, Trial
 
 _CHUNK = 100  # images in one forward pass
-_CEILING_STEPS, _CEILING_BATCH, _CEILING_LR = 150, 48, 1e-3  # Adam
+_STEPS, _BATCH, _LR = 150, 48, 1e-3  # Adam, the whole network
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def few_shot_trials(
     Raises DataError for a site with fewer than two patients or two labels.
     """
     trials = []
-    learned = None if start is None else _Learned.of(start, data, plan)
+    learned = None if start is None else Learned.of(start, data, plan)
     for number, split in enumerate(patient_splits(data, plan.evaluation.splits, seed=seed)):
-        here = learned or _Learned.by_chance(data, split, plan, seed=seed_of(seed, "start", data.site, number))
+        here = learned or Learned.by_chance(data, split, plan, seed=seed_of(seed, "start", data.site, number))
         query = data.rows(split.query)
         for draw in range(plan.evaluation.draws):
             groups = support_groups(data, split, rng_of(seed, "draw", data.site, number, draw))
@@ -84,7 +84,7 @@ def ceiling_trials(
     for number, split in enumerate(patient_splits(data, plan.evaluation.splits, seed=seed)):
         rng = rng_of(seed, "ceiling", data.site, number)
         rows = support_rows(support_groups(data, split, rng), len(data))
-        phi = _train(learner, _starting_point(start, data, plan), data, rows, rng)
+        phi = train(learner, whole_start(start, data, plan), data, rows, rng)
         query = data.rows(split.query)
         verdict = judge(learner, phi, evenly(data.inputs(rows), data.targets_at(rows)), query, query.inputs(), plan)
         trials.append(_trial(target or data.site, data, kind, CEILING, 0, number, 0, verdict, verdict.note))
@@ -96,13 +96,13 @@ def sights(start: Params | None, data: SiteData, plan: StudyPlan, *, count: int,
     split and draw of `few_shot_trials`."""
     split = next(patient_splits(data, 1, seed=seed))
     learned = (
-        _Learned.by_chance(data, split, plan, seed=seed_of(seed, "start", data.site, 0))
+        Learned.by_chance(data, split, plan, seed=seed_of(seed, "start", data.site, 0))
         if start is None
-        else _Learned.of(start, data, plan)
+        else Learned.of(start, data, plan)
     )
     groups = support_groups(data, split, rng_of(seed, "draw", data.site, 0, 0))
     phi, support = learned.adapted(support_rows(groups, plan.evaluation.lead_shots))
-    rows, inputs = _spread(data, split, count), learned.inputs
+    rows, inputs = spread(data, split.query, count), learned.inputs
     answers = answers_of(learned.learner, phi, support, inputs[rows], plan)
     if plan.task.kind == "segmentation":
         return [
@@ -118,7 +118,7 @@ def sights(start: Params | None, data: SiteData, plan: StudyPlan, *, count: int,
 
 
 @dataclass(frozen=True)
-class _Learned:
+class Learned:
     """A start at a site: its parameters, and the network's input for each row of the data."""
 
     learner: Learner
@@ -128,10 +128,10 @@ class _Learned:
     plan: StudyPlan
 
     @classmethod
-    def of(cls, start: Params, data: SiteData, plan: StudyPlan) -> _Learned:
+    def of(cls, start: Params, data: SiteData, plan: StudyPlan) -> Learned:
         """Where only the head adapts, the input is the body's features, computed once for all draws."""
         network = build_model(plan.model, plan.task, ways=data.ways)
-        params, learner = _starting_point(start, data, plan), Learner(network, task_of(plan, data.site))
+        params, learner = whole_start(start, data, plan), Learner(network, task_of(plan, data.site))
         if not _body_stays(plan):
             return cls(learner, params, data.inputs(), data, plan)
         with torch.no_grad():
@@ -140,7 +140,7 @@ class _Learned:
         return cls(Learner(Network(nn.Identity(), network.head), learner.task), head, features, data, plan)
 
     @classmethod
-    def by_chance(cls, data: SiteData, split: Split, plan: StudyPlan, *, seed: int) -> _Learned:
+    def by_chance(cls, data: SiteData, split: Split, plan: StudyPlan, *, seed: int) -> Learned:
         """A random initialization at its best: its features are centred on the site's own support images."""
         network = build_model(plan.model, plan.task, ways=data.ways, seed=seed)
         return cls.of(parameters(network) | feature_centre(network, data.inputs(split.support)), data, plan)
@@ -171,7 +171,7 @@ def _body_stays(plan: StudyPlan) -> bool:
     return not moves and plan.model.name in ("conv4", "resnet")
 
 
-def _starting_point(start: Params, data: SiteData, plan: StudyPlan) -> Params:
+def whole_start(start: Params, data: SiteData, plan: StudyPlan) -> Params:
     """Every parameter of the site's network: `start` over a zero head. Raises ValueError if the body is not whole."""
     network = build_model(plan.model, plan.task, ways=data.ways)
     fresh = parameters(network)
@@ -182,14 +182,14 @@ def _starting_point(start: Params, data: SiteData, plan: StudyPlan) -> Params:
     return fresh | {name: value for name, value in taken.items() if name in known and value.shape == known[name].shape}
 
 
-def _train(learner: Learner, params: Params, data: SiteData, rows: Tensor, rng: torch.Generator) -> Params:
-    """Minibatch Adam, the rate falling to zero along a cosine."""
+def train(learner: Learner, params: Params, data: SiteData, rows: Tensor, rng: torch.Generator) -> Params:
+    """The whole network, by minibatch Adam, the rate falling to zero along a cosine."""
     network = learner.network
     network.load_state_dict({name: value for name, value in params.items() if name in network.state_dict()})
-    optimizer = torch.optim.Adam(network.parameters(), lr=_CEILING_LR)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _CEILING_STEPS)
-    for _ in range(_CEILING_STEPS):
-        batch = rows[torch.randperm(len(rows), generator=rng)[:_CEILING_BATCH]]
+    optimizer = torch.optim.Adam(network.parameters(), lr=_LR)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
+    for _ in range(_STEPS):
+        batch = rows[torch.randperm(len(rows), generator=rng)[:_BATCH]]
         optimizer.zero_grad()
         inputs, targets = learner.task.views(data.inputs(batch), data.targets_at(batch), rng)
         learner.task.loss(network(inputs), targets).mean().backward()
@@ -198,13 +198,13 @@ def _train(learner: Learner, params: Params, data: SiteData, rows: Tensor, rng: 
     return parameters(network)
 
 
-def _spread(data: SiteData, split: Split, count: int) -> Tensor:
-    """`count` query rows, the labels in turn."""
+def spread(data: SiteData, rows: Tensor, count: int) -> Tensor:
+    """`count` of these rows, the labels in turn."""
 
     def of_label(label: int) -> Iterator[int]:
-        return iter(split.query[data.strata[split.query] == label].tolist())
+        return iter(rows[data.strata[rows] == label].tolist())
 
-    turns = [of_label(label) for label in data.strata[split.query].unique().tolist()]
+    turns = [of_label(label) for label in data.strata[rows].unique().tolist()]
     chosen: list[int] = []
     while turns and len(chosen) < count:
         turn = turns.pop(0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from client import cli_network, cli_records
+from client import cli_adapt, cli_network, cli_records
 from client.cli_audit import audit
 from common.command_line import command_group, run
 from common.disclosure import shown
@@ -22,6 +22,7 @@ data = command_group("The hospital's images.")
 app.add_typer(data, name="data")
 cli_network.add_commands(app)
 cli_records.add_commands(app)
+cli_adapt.add_commands(app)
 app.command()(audit)
 
 

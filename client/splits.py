@@ -59,11 +59,30 @@ def patient_splits(data: SiteData, count: int, *, seed: int) -> Iterator[Split]:
     for number in range(count):
         rng = rng_of(seed, "split", data.site, number)
         supporting = torch.tensor(sorted(_support_patients(data, rng)))
-        is_support = torch.isin(data.patients, supporting)
-        query = torch.nonzero(~is_support).flatten()
-        most = MAX_MASKS if data.kind == "segmentation" else MAX_QUERIES
-        kept = query[torch.randperm(len(query), generator=rng)[:most]].sort().values
-        yield Split(torch.nonzero(is_support).flatten(), kept)
+        yield _split(data, torch.isin(data.patients, supporting), rng)
+
+
+def patient_folds(data: SiteData, count: int, *, seed: int, repeat: int = 0) -> list[Split]:
+    """Cross-validation: each patient is in the query pool of one of `count` splits, and supports the others."""
+    rng = rng_of(seed, "folds", data.site, repeat)
+    parts = (torch.tensor(sorted(part)) for part in _dealt(data, rng, count))
+    return [_split(data, ~torch.isin(data.patients, part), rng) for part in parts]
+
+
+def most_folds(data: SiteData) -> int:
+    """Into so many folds the patients can be dealt with each group of a support set in every one."""
+    shown = [len(data.patients[member].unique()) for _, member in _label_members(data)]
+    if data.kind == "multilabel":
+        shown = [count for count in shown if count]  # a finding that nobody has, or nobody lacks
+    return min(shown, default=0)
+
+
+def _split(data: SiteData, is_support: Tensor, rng: torch.Generator) -> Split:
+    """The support pool, and as many of the other rows as are asked about."""
+    query = torch.nonzero(~is_support).flatten()
+    most = MAX_MASKS if data.kind == "segmentation" else MAX_QUERIES
+    kept = query[torch.randperm(len(query), generator=rng)[:most]].sort().values
+    return Split(torch.nonzero(is_support).flatten(), kept)
 
 
 def support_groups(data: SiteData, split: Split, rng: torch.Generator) -> list[Group]:
@@ -133,21 +152,25 @@ def _label_members(data: SiteData) -> Iterator[tuple[str, Tensor]]:
 
 
 def _support_patients(data: SiteData, rng: torch.Generator) -> set[int]:
-    """Half of the patients, dealt label by label from the rarest on, each to the side that lacks it more."""
+    """Half of the patients."""
+    return _dealt(data, rng, 2)[0]
+
+
+def _dealt(data: SiteData, rng: torch.Generator, count: int) -> list[set[int]]:
+    """The patients in `count` parts, dealt label by label from the rarest on, each to the part that lacks it most."""
     labels_of: dict[int, set[int]] = {}
     for patient, label in zip(data.patients.tolist(), data.strata.tolist(), strict=True):
         labels_of.setdefault(patient, set()).add(label)
     showing = Counter(label for labels in labels_of.values() for label in labels)
     shuffled = [sorted(labels_of)[i] for i in torch.randperm(len(labels_of), generator=rng).tolist()]
     rarity = {patient: sorted((showing[label], label) for label in labels_of[patient]) for patient in shuffled}
-    sides: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
-    support = set()
-    first = int(torch.randint(2, (), generator=rng))  # which side gets the odd patient
+    tallies: list[Counter[int]] = [Counter() for _ in range(count)]
+    parts: list[set[int]] = [set() for _ in range(count)]
+    first = int(torch.randint(count, (), generator=rng))  # which part gets the odd patient
     for patient in sorted(shuffled, key=lambda p: rarity[p][0]):
         labels = [label for _, label in rarity[patient]]
-        wants = [[side[label] for label in labels] + [side.total()] for side in sides]
-        chosen = first if wants[0] == wants[1] else int(wants[1] < wants[0])
-        sides[chosen].update(labels)
-        if chosen == 0:
-            support.add(patient)
-    return support
+        wants = [[tally[label] for label in labels] + [tally.total()] for tally in tallies]
+        chosen = min(range(count), key=lambda part: (wants[part], (part - first) % count))
+        tallies[chosen].update(labels)
+        parts[chosen].add(patient)
+    return parts

@@ -168,7 +168,7 @@ def _conv4(channels: int, width: int, modalities: int) -> tuple[nn.Module, int]:
     for incoming, outgoing in pairwise(widths):
         stages += _stage(incoming, outgoing, modalities)
     features = widths[-1]
-    layers = (_Standardise(), *stages, _MeanOverImage(), FeatureNorm(features))
+    layers = (_Standardise(), *stages, MeanOverImage(), FeatureNorm(features))
     return _Body(*layers, conditioned=modalities > 0), features
 
 
@@ -187,7 +187,7 @@ def _resnet(channels: int, width: int, modalities: int) -> tuple[nn.Module, int]
     """ResNet (He 2016; one block a stage): a strided stem and three stages of doubling width."""
     blocks = [_Residual(width * 2**i, width * 2 ** (i + 1), modalities) for i in range(3)]
     stem = _stage(channels, width, modalities, kernel=5)
-    layers = (_Standardise(), *stem, *blocks, _MeanOverImage(), FeatureNorm(8 * width))
+    layers = (_Standardise(), *stem, *blocks, MeanOverImage(), FeatureNorm(8 * width))
     return _Body(*layers, conditioned=modalities > 0), 8 * width
 
 
@@ -227,7 +227,7 @@ class _Standardise(nn.Module):
         return standardise(images)
 
 
-class _MeanOverImage(nn.Module):
+class MeanOverImage(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         return maps.mean(dim=(2, 3))
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from common import pictures
 from common.metrics import score_name, segmentation_metrics
 from common.trials import CEILING, Kind, mean, shots_unit
-from server import pictures, plots
+from server import plots
 from server.history import RoundRecord
 from server.results import (
     META,

@@ -240,7 +240,7 @@ def test_too_few_images_are_used_and_said(data: SiteData) -> None:
 
 
 def test_the_ceiling_learns_what_is_easy(data: SiteData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.adapt._CEILING_STEPS", 40)
+    monkeypatch.setattr("client.adapt._STEPS", 40)
     plan = plan_of()
     trials = ceiling_trials(body_of(plan, seed=2), data, plan, kind="held-out patients", seed=1)
     assert [(t.arm, t.shots, t.split, t.kind) for t in trials] == [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server.pictures import COLOURS, agreement, heated, outlined, png_address
+from common.pictures import COLOURS, agreement, heated, outlined, png_address
 
 SIDE = 96  # so that an image is drawn twice as large
 GREY = np.full((SIDE, SIDE), 100, dtype=np.uint8)

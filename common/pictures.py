@@ -1,4 +1,4 @@
-"""Images for the page: with the contour of a mask, with what a network found in them, or with a heat map over them.
+"""Images for pages: with the contour of a mask, with what a network found in them, or with a heat map over them.
 
 All take uint8 images (H, W) or (H, W, 3) and give uint8 (k H, k W, 3): pixels are repeated, so that a contour can be
 thinner than one of them.
