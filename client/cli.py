@@ -11,6 +11,7 @@ import typer
 
 from client import cli_network, cli_records
 from client.cli_audit import audit
+from client.cli_import import import_
 from common.command_line import command_group, run
 from common.disclosure import shown
 
@@ -23,6 +24,7 @@ app.add_typer(data, name="data")
 cli_network.add_commands(app)
 cli_records.add_commands(app)
 app.command()(audit)
+data.command("import")(import_)
 
 
 @data.command()

@@ -97,6 +97,11 @@ def read_values(path: Path, frames: Sequence[int]) -> Iterator[np.ndarray]:
         yield usual_view(stored, _directions(_of_frame(dataset, frame)))
 
 
+def count_frames(path: Path) -> int:
+    """Of any file with pixels, also a mask. Raises UnreadableImageError."""
+    return _frames(_read(path, masks=True))
+
+
 def read_image(path: Path) -> np.ndarray:
     """The only frame of a file. Raises UnreadableImageError."""
     one_image_at_most(_frames(_read(path)), "frames")

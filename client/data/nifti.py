@@ -11,7 +11,7 @@ import numpy as np
 from nibabel import Nifti1Image, Nifti2Image
 from nibabel.orientations import apply_orientation, io_orientation
 
-from client.data.pixels import one_image_at_most, refuse_huge, robust_window, windowed
+from client.data.pixels import Window, one_image_at_most, refuse_huge, robust_window, windowed
 from client.data.readers import NIFTI_2, UnreadableImageError
 
 _AXIAL = 2
@@ -45,17 +45,17 @@ def read_header(path: Path) -> Header:
     return Header(int(shape[axis]), axis, f"{rows:g}x{columns:g}", image.affine)
 
 
-def read_slices(path: Path, header: Header) -> np.ndarray:
-    """uint8 (n, H, W): 8-bit values as they are, others by one window for the whole volume; of a series in time the
-    first volume.
+def read_slices(path: Path, header: Header, window: Window | None = None) -> np.ndarray:
+    """uint8 (n, H, W): 8-bit values as they are, others by one window for the whole volume, its own unless one is
+    given; of a series in time the first volume.
 
     Raises UnreadableImageError.
     """
     image = _load(path)
     values = _slices(image, header.axis)
-    if values.dtype == np.uint8:
+    if values.dtype == np.uint8 and window is None:
         return values
-    return windowed(values, robust_window(values))
+    return windowed(values, window or robust_window(values))
 
 
 def read_mask(path: Path, header: Header) -> np.ndarray:
