@@ -110,6 +110,8 @@ def _outcome(future: Future[tuple[int, ...]]) -> tuple[int, ...] | UnreadableIma
         return error
     except MemoryError:
         return UnreadableImageError("there is not enough memory for it")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # a reader's own surprise
+        return UnreadableImageError(f"the file is damaged ({type(error).__name__})")
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:

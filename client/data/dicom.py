@@ -6,6 +6,7 @@ Stored values -> rescale or modality LUT -> window or VOI LUT -> inverted if MON
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import warnings
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydicom import Dataset, dcmread
+from pydicom import Dataset, config, dcmread
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
 from pydicom.pixels.utils import iter_pixels
 
 from client.data.pixels import Window, one_image_at_most, refuse_huge, robust_window, usual_view, windowed
 from client.data.readers import UnreadableImageError
 from client.data.rows import Details
+
+config.settings.reading_validation_mode = config.IGNORE  # its warnings quote the header on the terminal
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 # Groups of an enhanced multi-frame image that hold what a single-frame one has at its top (PS3.3 C.7.6.16).
 _FUNCTIONAL_GROUPS = (
@@ -57,6 +61,13 @@ class Header:
 def read_header(path: Path) -> Header:
     """Raises UnreadableImageError if the file is damaged or holds no picture."""
     dataset = _read(path)
+    try:
+        return _header(dataset)
+    except Exception:  # values that their types do not allow
+        raise UnreadableImageError("the DICOM file is damaged") from None
+
+
+def _header(dataset: Dataset) -> Header:
     first = _of_frame(dataset, 0)
     return Header(
         patient=_text(dataset, "PatientID"),
@@ -78,13 +89,14 @@ def read_frames(path: Path, frames: Sequence[int], window: Window | None = None)
     """
     dataset = _read(path)
     for frame, stored in zip(frames, _decoded(path, frames), strict=True):
-        facts = _of_frame(dataset, frame)
         try:
-            yield usual_view(_shown(stored, facts, window), _directions(facts))
+            facts = _of_frame(dataset, frame)
+            shown = usual_view(_shown(stored, facts, window), _directions(facts))
         except UnreadableImageError:
             raise
         except Exception:  # lookup tables and windows of damaged files fail in any way
             raise UnreadableImageError("its window or lookup table is damaged") from None
+        yield shown
 
 
 def read_values(path: Path, frames: Sequence[int]) -> Iterator[np.ndarray]:
@@ -99,12 +111,15 @@ def read_values(path: Path, frames: Sequence[int]) -> Iterator[np.ndarray]:
 
 def count_frames(path: Path) -> int:
     """Of any file with pixels, also a mask. Raises UnreadableImageError."""
-    return _frames(_read(path, masks=True))
+    try:
+        return _frames(_read(path, masks=True))
+    except (TypeError, ValueError):
+        raise UnreadableImageError("the DICOM file is damaged") from None
 
 
 def read_image(path: Path) -> np.ndarray:
     """The only frame of a file. Raises UnreadableImageError."""
-    one_image_at_most(_frames(_read(path)), "frames")
+    one_image_at_most(read_header(path).frames, "frames")
     return next(read_frames(path, [0]))
 
 

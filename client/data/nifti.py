@@ -34,6 +34,8 @@ def read_header(path: Path) -> Header:
     image = _load(path)
     try:
         shape, steps = _canonical_shape(image)
+    except UnreadableImageError:
+        raise
     except Exception:
         raise UnreadableImageError("the NIfTI file is damaged") from None
     refuse_huge(*(int(size) for size in shape))
@@ -102,7 +104,10 @@ def _canonical_shape(image: Any) -> tuple[np.ndarray, np.ndarray]:
     shape, steps = (*image.shape[:3], 1, 1)[:3], np.ones(3)
     zooms = np.array(image.header.get_zooms()[:3], dtype=np.float64)
     steps[: len(zooms)] = zooms
-    order = io_orientation(image.affine)[:, 0].astype(int)
+    order = io_orientation(image.affine)[:, 0]
+    if not np.isfinite(order).all():  # an axis without length
+        raise UnreadableImageError("the NIfTI file is damaged")
+    order = order.astype(int)
     turned_shape, turned_steps = np.empty(3, dtype=int), np.empty(3)
     turned_shape[order], turned_steps[order] = shape, steps
     return turned_shape, turned_steps
