@@ -236,11 +236,18 @@ def test_bad_files_are_named_and_left_out(source: Path, site: Path) -> None:
         "link: it is a link, or no ordinary file",
         "pipe: it is a link, or no ordinary file",
         "seg: it is a segmentation object, no picture",
-        "twin-2: the same image was found before, in another file",
+        "twin-2: the same image is in another file too",
         "whose.png: whose image it is is not known",
     ]
     assert all(problem.remedy for problem in done.left_out)
     assert take(source, site, keep_burnt_in=True).images == 3
+
+
+def test_of_two_copies_the_whole_one_is_taken(source: Path, site: Path) -> None:
+    whole = dicom(source / "second", RAMP, PatientID="1")
+    (source / "first").write_bytes(whole.read_bytes()[:-500])
+    done = take(source, site)
+    assert (done.images, told(done)) == (1, ["first: the same image is in another file too"])
 
 
 def crash(job: Job) -> tuple[int, ...]:
@@ -327,7 +334,7 @@ def test_the_command_imports_compressed_films_with_a_window(source: Path, site: 
     )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {"images": 1, "patients": 1, "left_out": 3}, "one image in four syntaxes"
-    assert "the same image was found before" in result.stderr
+    assert "the same image is in another file too" in result.stderr
     (row,) = rows(site)
     assert (row["scanner"], row["sex"], row["spacing_mm"]) == ("Acme", "F", "0.5x0.7")
     expected = np.rint(np.clip((RAMP - 299.5) / 599 + 0.5, 0, 1) * 255)

@@ -10,7 +10,7 @@ import io
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,6 +65,7 @@ class _Scan:
     kind: Kind
     frames: int
     sliced: bool  # they, or it, are of a volume
+    image: str  # SOPInstanceUID
     series: str
     place: float
     spacing: str
@@ -112,7 +113,8 @@ def _import(
 ) -> Imported:
     left_out: list[Problem] = []
     folder = names.name("source", str(source))[:8]
-    scans = list(_chosen(_survey(source, site, table, names, choice, left_out, tell), choice.rule))
+    found = _once_each(_survey(source, site, table, names, choice, left_out, tell), left_out)
+    scans = list(_chosen(found, choice.rule))
     jobs = (_job(source, site / "images" / folder, site / "masks" / folder, scan, frames, names, choice)
             for scan, frames in scans)  # fmt: skip
     by_path = {scan.path: scan for scan, _ in scans}
@@ -142,7 +144,6 @@ def _survey(
     tell: Told,
 ) -> Iterator[_Scan]:
     """Every file with an image whose patient and, if there is a table, label is known; others are `left_out`."""
-    seen: set[str] = set()
     no_images = table.masks()
     for done, path in enumerate(_files(source, site, left_out), start=1):
         tell("headers", done, None)
@@ -150,7 +151,7 @@ def _survey(
         if file in no_images or (table.path is not None and path == table.path.resolve()):
             continue
         try:
-            scan = _scan(path, file, table, names, choice, seen)
+            scan = _scan(path, file, table, names, choice)
         except UnreadableImageError as error:
             left_out.append(Problem(str(path), str(error), _MEND))
         except _Objection as objection:
@@ -163,14 +164,14 @@ class _Objection(Exception):
     """What speaks against a sound file, and the remedy."""
 
 
-def _scan(path: Path, file: str, table: Labels, names: Pseudonyms, choice: Choice, seen: set[str]) -> _Scan:
+def _scan(path: Path, file: str, table: Labels, names: Pseudonyms, choice: Choice) -> _Scan:
     """Raises UnreadableImageError, _Objection, and UsageError if the extra is missing."""
     kind = kind_of(path)
     if kind == "other":
         raise _Objection("it is no image", "nothing, if it is none")
     if kind in ("dicom", "nifti"):
         _needed()
-    scan, things, patient = _facts(path, file, kind, choice, seen)
+    scan, things, patient = _facts(path, file, kind, choice)
     told = table.of(things)
     patient = patient or _table_patient(told, path, choice)
     if not patient:
@@ -186,9 +187,9 @@ def _table_patient(told: Cells, path: Path, choice: Choice) -> str:
     return told.get("patient", "") or (path.parent.name if choice.patients_by_folder else "")
 
 
-def _facts(path: Path, file: str, kind: Kind, choice: Choice, seen: set[str]) -> tuple[_Scan, Cells, str]:
+def _facts(path: Path, file: str, kind: Kind, choice: Choice) -> tuple[_Scan, Cells, str]:
     """What the file says of itself, the things that it is in, and its patient's identifier."""
-    plain = _Scan(path, kind, 1, False, "", math.nan, "", Details(), {}, "")
+    plain = _Scan(path, kind, 1, False, "", "", math.nan, "", Details(), {}, "")
     if kind == "nifti":
         from client.data import nifti
 
@@ -206,11 +207,8 @@ def _facts(path: Path, file: str, kind: Kind, choice: Choice, seen: set[str]) ->
     if header.burnt_in and not choice.keep_burnt_in:
         remedy = "look whether it names the patient; --keep-burnt-in takes such images"
         raise _Objection("it says that a text was drawn into its pixels", remedy)
-    if header.image and header.image in seen:
-        raise _Objection("the same image was found before, in another file", "nothing: one is enough")
-    seen.add(header.image)
     things = {"file": file, "series": header.series, "study": header.study, "patient": header.patient}
-    facts = header.series, header.place, header.spacing, header.details
+    facts = header.image, header.series, header.place, header.spacing, header.details
     return _Scan(path, kind, header.frames, header.frames > 1, *facts, {}, ""), things, header.patient
 
 
@@ -221,7 +219,21 @@ def _needed() -> None:
         raise UsageError(str(error)) from None
 
 
-def _chosen(scans: Iterator[_Scan], rule: SliceRule) -> Iterator[tuple[_Scan, tuple[int, ...]]]:
+def _once_each(scans: Iterator[_Scan], left_out: list[Problem]) -> list[_Scan]:
+    """Of several files of one image the largest: a copy that broke off is the smaller one."""
+    copies: defaultdict[str, list[_Scan]] = defaultdict(list)
+    for scan in scans:
+        copies[scan.image or str(scan.path)].append(scan)
+    for same in copies.values():
+        same.sort(key=lambda scan: -scan.path.stat().st_size)
+        left_out += (
+            Problem(str(scan.path), "the same image is in another file too", f"nothing: {same[0].path} is taken")
+            for scan in same[1:]
+        )
+    return [same[0] for same in copies.values()]
+
+
+def _chosen(scans: Iterable[_Scan], rule: SliceRule) -> Iterator[tuple[_Scan, tuple[int, ...]]]:
     """Each file of which something is wanted, with its frames. The single slices of a series are one volume; what their
     masks mark is known only when they are read."""
     volumes: defaultdict[tuple[str, str], list[_Scan]] = defaultdict(list)

@@ -56,7 +56,7 @@ class Sheet:
                 sheet.paste(picture, (left + offset[0], top + _LINE + offset[1]))
                 draw.text((left, top + _LINE + _SIDE + 2), caption, fill=_INK, font=small)
         if rest > 0:
-            draw.text((_GAP, size[1] - _LINE), f"and {rest} labels more", fill=_INK, font=small)
+            draw.text((_GAP, size[1] - _LINE), f"labels that are not shown: {rest}", fill=_INK, font=small)
         packed = io.BytesIO()
         sheet.save(packed, "PNG")
         write_atomically(path, packed.getvalue())
