@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from client import cli_adapt, cli_network, cli_records
 from client.cli_audit import audit
+from client.cli_import import import_
 from common.command_line import command_group, run
 from common.disclosure import shown
 
@@ -24,6 +26,7 @@ cli_network.add_commands(app)
 cli_records.add_commands(app)
 cli_adapt.add_commands(app)
 app.command()(audit)
+data.command("import")(import_)
 
 
 @data.command()
@@ -31,17 +34,28 @@ def check(
     folder: Annotated[Path, typer.Argument(help="The site's folder, with site.yaml.")],
     plan: Annotated[Path | None, typer.Option(help="A study plan (YAML) that the images must fit.")] = None,
     site: Annotated[str | None, typer.Option(help="The site's name in the plan, if not that of site.yaml.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Write a contact sheet (PNG), for the hospital's own eyes.")
+    ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Exact counts, for the hospital's own eyes only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Count the images and name every problem with file and line. Exit code 2 if there is one.
 
-    Counts are rounded down to tens, and not shown below ten, so that what is sent on gives no patient away.
+    Copies across patients, empty images and drawn text are told to be looked at; they are no problems yet. Counts are
+    rounded down to tens, and not shown below ten, so that what is sent on gives no patient away.
     """
     from client.data.checks import check_site, coarsened
+    from client.data.sheet import Sheet
+    from client.data.suspicions import Suspicions
     from common.plan import load_plan
 
-    report = check_site(folder, load_plan(plan) if plan else None, site=site)
+    suspicions, pictures = Suspicions(), Sheet()
+    look = [suspicions.look, pictures.look] if sheet else [suspicions.look]
+    report = check_site(folder, load_plan(plan) if plan else None, site=site, look=look)
+    report = dataclasses.replace(report, suspicions=suspicions.all())
+    if sheet:
+        pictures.write(sheet)
     if as_json:
         typer.echo(json.dumps((report if exact else coarsened(report)).to_json(), indent=2))
     else:
@@ -69,6 +83,8 @@ def _show(report: SiteReport, number: Callable[[int], str]) -> None:
         typer.echo(line)
     for note in report.notes:
         typer.secho(f"note: {note}", fg=typer.colors.YELLOW)
+    for suspicion in report.suspicions:
+        typer.secho(f"look at {suspicion}", fg=typer.colors.YELLOW, err=True)
     for problem in report.problems:
         typer.secho(str(problem), fg=typer.colors.RED, err=True)
     if report.fit:

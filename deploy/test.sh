@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=deploy/environment.sh
 source deploy/environment.sh
-prepare_environment "simulation,dev"
+prepare_environment "imaging,simulation,dev"
 
 status=0
 check() {

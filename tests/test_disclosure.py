@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -44,7 +45,7 @@ from common.records import (
 from common.starting_point import network_of, starting, travelling
 from common.tasks import Task, task_of
 from common.wire import pack
-from tests.conftest import PlanMaker, SiteMaker
+from tests.conftest import PlanMaker, SiteMaker, join_lab
 
 CHARGED = {name for name, disclosure in DISCLOSURES.items() if disclosure.charged}
 
@@ -224,7 +225,7 @@ def _mean_image_in_update(patch: pytest.MonkeyPatch) -> None:
 
 
 def _chatty_refusals(patch: pytest.MonkeyPatch) -> None:
-    def leaky(self: Worker, compute: Any) -> SiteReply:
+    def leaky(self: Worker, study: str, compute: Any) -> SiteReply:
         reply: SiteReply = compute()
         images = sum(len(study.patients.data) for study in self._studies.values())
         return dataclasses.replace(reply, reason=f"{images} images were looked at")
@@ -421,6 +422,7 @@ def test_a_real_sites_reply_and_failure_leave_at_the_same_moment(
     """A query takes 1.2 s; one that fails at once leaves no sooner, once the study's span is known."""
     plan, folder = make_plan(), make_site("alder")
     (folder / "site.yaml").write_text((folder / "site.yaml").read_text() + "phantom: true\n")
+    join_lab(folder, Ed25519PrivateKey.generate())
     worker, site = Worker(folder, state=folder / "state"), Site(folder, plan)
     monkeypatch.setattr(Worker, "_sent_plan", lambda self, instruction: plan)
     approval.approve(folder / "state", plan, by="a test")

@@ -64,12 +64,12 @@ def test_a_truncated_file_is_unreadable(tmp_path: Path) -> None:
     for name in ("a.png", "a.jpg", "a.tiff"):
         path = saved(tmp_path, Image.fromarray(noise), name)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        with pytest.raises(UnreadableImageError, match="damaged, or no PNG, JPEG or TIFF"):
+        with pytest.raises(UnreadableImageError, match="damaged, or no PNG, JPEG, TIFF, DICOM or NIfTI"):
             read_image(path)
 
 
 def test_other_formats_and_missing_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnreadableImageError, match="damaged, or no PNG, JPEG or TIFF"):
+    with pytest.raises(UnreadableImageError, match="damaged, or no PNG, JPEG, TIFF, DICOM or NIfTI"):
         read_image(saved(tmp_path, Image.fromarray(RAMP), "a.gif"))
     with pytest.raises(UnreadableImageError, match="no such file"):
         read_image(tmp_path / "none.png")

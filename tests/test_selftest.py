@@ -12,6 +12,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -23,7 +24,7 @@ from client.private_data import PrivateDataset
 from client.selftest import DOUBT, Check, attacked, balanced_coins, examined, require_self_test, run_self_test
 from client.worker import Worker
 from common.errors import SelfTestFailed
-from tests.conftest import SiteMaker
+from tests.conftest import SiteMaker, join_lab
 from tests.planted import OF_A_QUERY
 
 ROOT = Path(__file__).parents[1]
@@ -201,6 +202,7 @@ def test_a_worker_does_not_start_where_the_self_test_failed(
 def test_a_fail_blocks_until_a_person_takes_it_away(make_site: SiteMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault that shows now and then does not get through by starting again."""
     folder = make_site("alder")
+    join_lab(folder, Ed25519PrivateKey.generate())
     for checks in ((FAILED,), ()):
         monkeypatch.setattr(client.selftest, "self_test", lambda checks=checks: checks)
         with pytest.raises(SelfTestFailed, match="a patient can be told"):
@@ -223,6 +225,7 @@ def test_an_inconclusive_one_blocks_nobody(make_site: SiteMaker, monkeypatch: py
     dim = Check(query="gradient", verdict="INCONCLUSIVE", claimed=2.0, shown=0.5, certain=0.1, noise=1.0, why="dim")
     monkeypatch.setattr(client.selftest, "self_test", lambda: (dim,))
     folder = make_site("alder")
+    join_lab(folder, Ed25519PrivateKey.generate())
     Worker(folder, state=folder / "state")
     (finding,) = (finding for finding in examine(folder) if finding.check == "privacy self-test")
     assert (finding.state, finding.what) == ("warning", "INCONCLUSIVE gradient: dim")

@@ -162,7 +162,8 @@ def test_all_problems_of_a_manifest_come_at_once(tmp_path: Path, plan: StudyPlan
     expected = [
         "manifest.csv:3: image: there is no such file -- mend or leave out the row",
         "manifest.csv:4: image: the path leaves the site's folder -- copy the file into it",
-        "manifest.csv:5: image: the file is damaged, or no PNG, JPEG or TIFF -- mend or leave out the row",
+        "manifest.csv:5: image: the file is damaged, or no PNG, JPEG, TIFF, DICOM or NIfTI -- "
+        "mend or leave out the row",
         "manifest.csv:6: the plan does not know this label -- did you mean 'lesion'? allowed: healthy, lesion; "
         "translate the hospital's own labels with label_map in site.yaml",
         "manifest.csv:7: this patient is in split 'test' here and in 'train' at manifest.csv:2 -- "

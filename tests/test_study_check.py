@@ -96,7 +96,8 @@ def test_the_words_answer_the_questions(tmp_path: Path) -> None:
     assert "cedar never trains" in whom
     assert "40 rounds" in how
     assert "5 questions" in how
-    assert f"one noisy update of {shared} numbers. Images, labels, counts and the last layer stay." in leaves
+    assert f"one noisy update of {shared} numbers. Beside it go, whatever the data: " in leaves
+    assert leaves.endswith("Images, labels, counts and the last layer stay.")
     assert "epsilon is at most 3.00" in risk
     assert "errs in at least 1 of 21.1 guesses" in risk, "1 + e^3 = 21.09"
     assert "1, 5 images per class, 20 draws, against a random start, Federated averaging" in measured

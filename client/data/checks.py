@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +49,7 @@ class SiteReport:
     ages: tuple[float, float] | None = None  # years: youngest, oldest; None if none is known
     notes: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
+    suspicions: tuple[Problem, ...] = ()  # to be looked at by a person; they stop nothing
 
     @property
     def fit(self) -> bool:
@@ -80,8 +81,13 @@ def coarsened(report: SiteReport) -> SiteReport:
     )
 
 
-def check_site(folder: Path, plan: StudyPlan | None = None, *, site: str | None = None) -> SiteReport:
-    """Read every image of `folder`, fit it to `plan` if given, and report; never raises for what a site can mend."""
+def check_site(
+    folder: Path, plan: StudyPlan | None = None, *, site: str | None = None, look: Sequence[Callable[[Row], None]] = ()
+) -> SiteReport:
+    """Read every image of `folder`, fit it to `plan` if given, and report; never raises for what a site can mend.
+
+    Each of `look` is shown every row that can be read, before it is fitted.
+    """
     try:
         config = load_site_config(folder)
     except UsageError as error:
@@ -91,7 +97,7 @@ def check_site(folder: Path, plan: StudyPlan | None = None, *, site: str | None 
         target = plan_target(folder, plan, name) if plan else None
     except UsageError as error:
         return SiteReport(folder, name, problems=error.problems)
-    return _report(folder, config, name, target)
+    return _report(folder, config, name, target, look)
 
 
 def describe(folder: Path) -> SiteReport:
@@ -104,9 +110,11 @@ def describe(folder: Path) -> SiteReport:
     return report
 
 
-def _report(folder: Path, config: SiteConfig, name: str, target: Target | None) -> SiteReport:
+def _report(
+    folder: Path, config: SiteConfig, name: str, target: Target | None, look: Sequence[Callable[[Row], None]]
+) -> SiteReport:
     problems: list[Problem] = []
-    rows = read_rows(folder, config, problems, target)
+    rows = _looked_at(read_rows(folder, config, problems, target), look)
     seen = [_without_pixels(row, target) for row in (fit_rows(rows, target, problems) if target else rows)]
     per_patient = Counter(row.patient for row in seen)
     training = len({row.patient for row in seen if row.split == "train"})
@@ -129,6 +137,13 @@ def _report(folder: Path, config: SiteConfig, name: str, target: Target | None) 
         notes=_notes(config, per_patient),
         problems=tuple(problems or count_problems(folder, len(seen), training, target)),
     )
+
+
+def _looked_at(rows: Iterator[Row], look: Sequence[Callable[[Row], None]]) -> Iterator[Row]:
+    for row in rows:
+        for see in look:
+            see(row)
+        yield row
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,28 @@
 """Image files to 8-bit arrays, and arrays to the plan's size and channels.
 
-Deeper than 8 bits: each image's own darkest pixel becomes 0 and its brightest 255. That uses no other image, so
-nothing about another patient enters a pixel; absolute units (Hounsfield) are given up.
+Pictures deeper than 8 bits: each image's own darkest pixel becomes 0 and its brightest 255. DICOM: the file's
+window. Either uses no other image, so nothing about another patient enters a pixel; absolute units (Hounsfield) are
+given up.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
+Kind = Literal["picture", "dicom", "nifti", "other"]
+
+NIFTI_1, NIFTI_2 = ((size, int.from_bytes(size.to_bytes(4, "big"), "little")) for size in (348, 540))  # either order
+EXTRA = "DICOM and NIfTI need the extra 'imaging': pip install 'consilium[imaging]'"
+
 _FORMATS = ("PNG", "JPEG", "TIFF")
+_PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_BARE_DICOM = (b"\x02\0\0\0", b"\x08\0\0\0", b"\x08\0\x05\0", b"\x08\0\x08\0", b"\x08\0\x16\0")  # no preamble
 _LUMINANCE = "L"
 
 
@@ -19,11 +30,54 @@ class UnreadableImageError(ValueError):
     """Why an image or a mask cannot be used, in words that name no file and no patient."""
 
 
+def kind_of(path: Path) -> Kind:
+    """By the file's first bytes: a PACS export has no endings. Raises UnreadableImageError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(352)
+            if head.startswith(b"\x1f\x8b"):
+                file.seek(0)
+                head = _unpacked(file.read(65536))
+    except FileNotFoundError:
+        raise UnreadableImageError("there is no such file") from None
+    except OSError as error:
+        raise UnreadableImageError(f"the file cannot be opened ({type(error).__name__})") from None
+    if head[128:132] == b"DICM":  # first: what stands before it may be another format's beginning
+        return "dicom"
+    if head.startswith(_PICTURES):
+        return "picture"
+    size, magic = int.from_bytes(head[:4], "little"), head[344:347]
+    if (size in NIFTI_1 and magic == b"n+1") or (size in NIFTI_2 and head[4:7] == b"n+2"):
+        return "nifti"
+    return "dicom" if head.startswith(_BARE_DICOM) else "other"
+
+
+def require_extra() -> None:
+    """Raise UnreadableImageError where the readers of DICOM and NIfTI are not installed."""
+    if not all(importlib.util.find_spec(name) for name in ("pydicom", "gdcm", "nibabel")):
+        raise UnreadableImageError(EXTRA)
+
+
 def read_image(path: Path) -> np.ndarray:
-    """uint8 (H, W) or (H, W, 3) of a PNG, JPEG or TIFF; transparency lies on black.
+    """uint8 (H, W) or (H, W, 3) of a PNG, JPEG, TIFF, or of DICOM or NIfTI that hold one image; transparent is black.
 
     Raises UnreadableImageError.
     """
+    kind = kind_of(path)
+    if kind == "dicom":
+        require_extra()
+        from client.data import dicom
+
+        return dicom.read_image(path)
+    if kind == "nifti":
+        require_extra()
+        from client.data import nifti
+
+        return nifti.read_image(path)
+    return _read_picture(path)
+
+
+def _read_picture(path: Path) -> np.ndarray:
     image = _decode(path)
     if image.mode.startswith(("I", "F")):
         return to_uint8(np.asarray(image))
@@ -86,6 +140,14 @@ def fit_mask(mask: np.ndarray, *, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
 
 
+def _unpacked(packed: bytes) -> bytes:
+    """The beginning of what gzip packed; empty if it is no gzip."""
+    try:
+        return zlib.decompressobj(wbits=31).decompress(packed, 352)
+    except zlib.error:
+        return b""
+
+
 def _decode(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=_FORMATS) as image:
@@ -95,7 +157,7 @@ def _decode(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise UnreadableImageError("there is no such file") from None
     except Exception:  # decoders raise whatever they like on a damaged file: OSError, SyntaxError, struct.error ...
-        raise UnreadableImageError("the file is damaged, or no PNG, JPEG or TIFF") from None
+        raise UnreadableImageError("the file is damaged, or no PNG, JPEG, TIFF, DICOM or NIfTI") from None
     if pages > 1:
         raise UnreadableImageError(f"the file holds {pages} pages; one image per file")
     return upright
