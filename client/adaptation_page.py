@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +24,19 @@ from common import pictures
 from common.files import write_atomically
 from common.learner import Learner
 from common.metrics import lead_metric, metrics_of
+from common.pages import INK, render, svg
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _COLOURS = ("#0072b2", "#e69f00", "#8a8a8a")  # of the arms; told apart by all forms of colour blindness
-_INK = "#1d2733"
 _BINS = 5
 _PICTURES = 8
 
 
 def write_page(path: Path, adaptation: Adaptation) -> None:
     """The page; whole or absent. Raises OSError."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     facts, lead = adaptation.facts, lead_metric(adaptation.facts.kind)
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    page = environment.get_template("adaptation.html").render(
+    page = render(
+        _TEMPLATES / "adaptation.html",
         facts=facts,
         sentence=told(facts),
         arms=ARMS,
@@ -52,7 +45,7 @@ def write_page(path: Path, adaptation: Adaptation) -> None:
         lead=lead,
         lead_name=metrics_of(facts.kind)[lead][0],
         show=in_figures,
-        arms_figure=_figure(lambda axes: _draw_arms(axes, adaptation, lead), 1.9),
+        arms_figure=svg(lambda _, axes: _draw_arms(axes, adaptation, lead), name="arms", width=6.4, height=1.9),
         calibration_figure=_calibration(adaptation),
         pictures=[(pictures.png_address(image), words) for image, words in _examples(adaptation)],
         written=day_and_time(time.time()),
@@ -122,7 +115,7 @@ def _draw_arms(axes: Any, adaptation: Adaptation, lead: str) -> None:
         if value.mean is not None:
             axes.errorbar(value.mean, place, xerr=_half(value), fmt="o", color=_COLOURS[place], capsize=4, label=title)
     if not math.isnan(facts.chance):
-        axes.axvline(facts.chance, linestyle=":", color=_INK, linewidth=1)
+        axes.axvline(facts.chance, linestyle=":", color=INK, linewidth=1)
     axes.set_yticks(range(len(ARMS)), ARMS.values())
     axes.set_ylim(len(ARMS) - 0.5, -0.5)
     axes.set_xlabel(metrics_of(facts.kind)[lead][0])
@@ -143,30 +136,9 @@ def _calibration(adaptation: Adaptation) -> str:
     parts = sure.argsort().tensor_split(_BINS)
     points = [(float(sure[part].mean()), float(right[part].mean())) for part in parts if len(part)]
 
-    def draw(axes: Any) -> None:
-        axes.plot([0, 1], [0, 1], ":", color=_INK, linewidth=1)
+    def draw(_: Any, axes: Any) -> None:
+        axes.plot([0, 1], [0, 1], ":", color=INK, linewidth=1)
         axes.plot(*zip(*points, strict=True), "o-", color=_COLOURS[0])
         axes.set(xlabel="stated confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1.02))
 
-    return _figure(draw, 3.0)
-
-
-def _figure(draw: Callable[[Any], None], height: float) -> str:
-    """An SVG element for a page."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "adaptation", "font.size": 10, "axes.edgecolor": _INK}):
-        figure = Figure(figsize=(6.4, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes: Any = figure.subplots()
-        draw(axes)
-        axes.grid(alpha=0.18, color=_INK, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.S)
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'(<svg [^>]*?)\s*width="[^"]*"', r"\1", svg, count=1)
-    return re.sub(r'(<svg [^>]*?)\s*height="[^"]*"', r'\1 aria-hidden="true"', svg, count=1)
+    return svg(draw, name="calibration", width=6.4, height=3.0)

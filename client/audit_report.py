@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.keys import SignedDocument, fingerprint
+from common.pages import render, svg
 
 if TYPE_CHECKING:
     from client.audit import AuditReport
@@ -32,16 +31,8 @@ MEANINGS = {
 
 def page(report: AuditReport, signed: SignedDocument) -> str:
     """The whole page, HTML."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("audit.html").render(
+    return render(
+        _TEMPLATES / "audit.html",
         report=report,
         sentence=VERDICTS[report.verdict],
         meanings=MEANINGS,
@@ -66,14 +57,8 @@ def _checks(report: AuditReport) -> list[tuple[str, float, float, bool]]:
 
 def _figure(rows: list[tuple[str, float, float, bool]], xlabel: str) -> str:
     """An SVG: for each row the claim as a line, and what was shown as a bar that begins at 0."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": xlabel, "font.size": 10}):
-        figure = Figure(figsize=(6.4, 1.3 + 0.55 * len(rows)), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes: Any = figure.subplots()
+    def draw(figure: Any, axes: Any) -> None:
         for place, (_, claimed, shown, failed) in enumerate(rows):
             axes.barh(place, shown, height=0.36, color=_WRONG if failed else _SHOWN, label="shown by attack (95 %)")
             axes.plot([claimed] * 2, [place - 0.34, place + 0.34], color=_CLAIMED, linewidth=3, label="claimed")
@@ -82,11 +67,8 @@ def _figure(rows: list[tuple[str, float, float, bool]], xlabel: str) -> str:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(0, 1.15 * max([1.0, *(max(c, s if s == s else 0) for _, c, s, _ in rows)]))
         axes.set_xlabel(xlabel)
-        axes.spines[["top", "right"]].set_visible(False)
         handles, labels = axes.get_legend_handles_labels()
         legend = dict(zip(labels, handles, strict=True))
         figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2, frameon=False)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+
+    return svg(draw, name=xlabel.split()[0], width=6.4, height=1.3 + 0.55 * len(rows))

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from common.pages import INK, svg
 from common.trials import Estimate
 from server.summary import WITHOUT_PRIVACY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe-Ito, told apart by all forms of colour blindness; the page maps each to a lighter one on dark ground.
 _SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a8a8a", "#b8a200")
-_INK = "#010203"  # stands for the page's text colour
 _MARKERS, _DASHES = "osD^vPX*1<>pd<>d", ("-", "--", "-.", ":")
 _ARM_PLACES = {"meta": 0, "fedavg": 1, "local_only": 3, "random": 6}
 _FREE_PLACES = (2, 4, 5, 7, 10, 12, 13, 15, 9, 11, 14)  # from 8 on colours come again, dashed and with other markers
@@ -92,10 +91,10 @@ def targets_figure(
             style = {**styles[arm], "linestyle": "none"}
             _whiskers(axes, ys, [e for _, e in shown], vertical=False, label=titles[arm], **style)
         for y, row in enumerate(rows):
-            axes.plot([row.chance] * 2, [y - 0.36, y + 0.36], ":", color=_INK, label="guessing" if y == 0 else None)
+            axes.plot([row.chance] * 2, [y - 0.36, y + 0.36], ":", color=INK, label="guessing" if y == 0 else None)
             if row.ceiling is not None:
                 span = [y - 0.36, y + 0.36]
-                axes.plot([row.ceiling.mean] * 2, span, "-", color=_INK, label="ceiling" if y == 0 else None)
+                axes.plot([row.ceiling.mean] * 2, span, "-", color=INK, label="ceiling" if y == 0 else None)
         axes.set_yticks(
             range(len(rows)), [row.label + ("" if row.learnable else "\n(not learnable here)") for row in rows]
         )
@@ -132,7 +131,7 @@ def rounds_figure(
 
 
 def _reference(axes: Axes, value: float, label: str, linestyle: str) -> None:
-    axes.axhline(value, color=_INK, linestyle=linestyle, linewidth=1, label=label)
+    axes.axhline(value, color=INK, linestyle=linestyle, linewidth=1, label=label)
 
 
 def _arm_style(place: int, unprotected: bool) -> Style:
@@ -162,34 +161,15 @@ def _whiskers(
 
 def _svg(name: str, draw: Callable[[Axes], None], *, height: float = 3.3, legend: int) -> str:
     """An SVG element 5.4 inches wide; `legend` lines of labels stand under the axes."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "axes.edgecolor": _INK}):
-        figure = Figure(figsize=(5.4, height + 0.12 * legend), layout="constrained")  # no pyplot: nothing to close
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
+    def whole(figure: Figure, axes: Axes) -> None:
         draw(axes)
-        axes.grid(alpha=0.18, color=_INK, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_INK)
-        axes.xaxis.label.set_color(_INK)
-        axes.yaxis.label.set_color(_INK)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, labelcolor=_INK)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(file.getvalue(), name)
+        axes.tick_params(colors=INK)
+        axes.xaxis.label.set_color(INK)
+        axes.yaxis.label.set_color(INK)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
 
-
-def _inline(svg: str, name: str) -> str:
-    """For a page with other figures: no prolog, ids of its own, colours by name, width by the page."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'(<svg [^>]*?)\s*width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg [^>]*?)\s*height="[^"]*"', r'\1 aria-hidden="true"', svg, count=1)
-    svg = re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", svg)
-    svg = svg.replace(_INK, "currentColor")
+    text = svg(whole, name=name, width=5.4, height=height + 0.12 * legend)
     for i, colour in enumerate(_SERIES):
-        svg = svg.replace(colour, f"var(--series-{i})")
-    return svg
+        text = text.replace(colour, f"var(--series-{i})")
+    return text

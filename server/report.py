@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.files import write_atomically
+from common.pages import render
 from common.trials import shots_unit
 from server.report_page import page_values
 from server.results import META, UNPROTECTED, StudyResults, headline, show_half, to_json
@@ -29,16 +30,7 @@ def write_metrics(path: Path, results: StudyResults) -> None:
 
 def write_report(path: Path, results: StudyResults) -> None:
     """The page; whole or absent. Raises OSError."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html").render(page_values(results))
+    page = render(_TEMPLATES / "report.html", **page_values(results))
     write_atomically(path, page.encode())
 
 
