@@ -152,12 +152,12 @@ def _tend(standing: NodeStanding, stop: threading.Event, log: logging.Logger) ->
 def _flower_programs(folder: Path, address: str) -> list[Child]:
     """The SuperNode and the process that answers its messages: each is started again if it is killed."""
     node, environment = folder.resolve() / NODE, flower_environment(folder.resolve() / NODE / "flwr")
-    programs, port = Path(sys.executable).parent, _free_port()
+    port = _free_port()
     if not (node / _SECRET).exists():
         write_private(node / _SECRET, secrets.token_bytes(32))
     secret = ["--superexec-auth-secret-file", str(node / _SECRET)]
     supernode = [
-        str(programs / "flower-supernode"),
+        *(sys.executable, "-m", "client.supernode"),
         *("--superlink", address, "--root-certificates", str(node / "ca.crt")),
         *("--auth-supernode-private-key", str(node / NODE_KEY)),
         *("--isolation", "process", "--host", "127.0.0.1", "--port", str(port), *secret),

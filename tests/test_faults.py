@@ -29,7 +29,7 @@ PROGRAMS = (
     "flwr-serverapp",
     "client.cli start",
     "client.cli worker",
-    "flower-supernode",
+    "client.supernode",
     "client.app_process",
 )
 
