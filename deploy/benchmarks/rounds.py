@@ -56,6 +56,8 @@ name = "plain"
 version = "0.1.0"
 description = "FedAvg"
 license = {file = "LICENSE"}
+requires-python = ">=3.11"
+dependencies = ["flwr>=1.41.0,<1.42"]
 
 [tool.flwr.app]
 publisher = "benchmark"
