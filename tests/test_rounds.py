@@ -18,7 +18,7 @@ def test_the_plan_can_be_run() -> None:
 
 
 def test_flower_takes_the_bundle() -> None:
-    valid, errors, _ = validate_config(tomllib.loads(BUNDLE))
+    valid, errors, _ = validate_config(tomllib.loads(BUNDLE), check_module=False)
     assert valid, errors  # names what is wrong
 
 
