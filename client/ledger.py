@@ -266,6 +266,8 @@ def _transaction(file: Path, *, mode: str = "rw") -> Iterator[sqlite3.Connection
     except sqlite3.Error as error:
         passing = getattr(error, "sqlite_errorcode", 0) & 0xFF in _PASSING
         raise (InternalFailure if passing else LedgerDamaged)(f"{file}: {error}") from None
+    except UnicodeDecodeError:  # sqlite3 says so of an error whose own text is damaged
+        raise LedgerDamaged(f"{file}: it is damaged beyond what SQLite can say") from None
     finally:
         connection.close()  # rolls back what was not committed
 

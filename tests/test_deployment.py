@@ -274,7 +274,7 @@ def host_apart() -> Iterator[tuple[str, list[str], Callable[[str], object] | Non
     (the lab's address there, words before the hospital's commands, what puts the link down or up); on loopback, and
     without a link to cut, where a test may make no namespace.
     """
-    name = f"c{os.getpid() % 10000}"
+    name, net = f"c{os.getpid() % 10000}", f"10.99.{os.getpid() % 250}"
 
     def ip(words: str) -> bool:
         return subprocess.run(["ip", *words.split()], capture_output=True, timeout=20, check=False).returncode == 0
@@ -282,15 +282,15 @@ def host_apart() -> Iterator[tuple[str, list[str], Callable[[str], object] | Non
     steps = (
         f"netns add {name}",
         f"link add {name} type veth peer name eth0 netns {name}",
-        f"addr add 10.99.7.1/24 dev {name}",
+        f"addr add {net}.1/24 dev {name}",
         f"link set {name} up",
-        f"-n {name} addr add 10.99.7.2/24 dev eth0",
+        f"-n {name} addr add {net}.2/24 dev eth0",
         f"-n {name} link set eth0 up",
         f"-n {name} link set lo up",
     )
     try:
         if shutil.which("ip") and all(map(ip, steps)):
-            yield "10.99.7.1", ["ip", "netns", "exec", name], lambda state: ip(f"link set {name} {state}")
+            yield f"{net}.1", ["ip", "netns", "exec", name], lambda state: ip(f"link set {name} {state}")
         else:
             yield "127.0.0.1", [], None
     finally:
