@@ -144,7 +144,7 @@ def test_ctrl_c_ends_without_a_traceback_and_the_same_command_goes_on(plan: Path
         wait_for(lambda file=file: any(run.glob(file)), seconds=120, process=process)  # type: ignore[misc]
         os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to every process of the command
         errors = process.communicate(timeout=60)[1]
-        assert process.returncode == 130
+        assert process.returncode == 130, errors
         assert "Traceback" not in errors
     done = subprocess.run(again, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
