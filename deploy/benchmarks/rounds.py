@@ -27,7 +27,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from client.data.phantoms import make_phantom_sites
+from client.data.phantoms import PROFILES, make_phantom_sites
 from common.children import Child, flower_environment, stop_all
 from common.command_line import run
 from deploy.local_federation import ROOT, free_ports, local_federation, wait_for
@@ -93,7 +93,7 @@ class Rounds:
 
 def consilium(folder: Path, *, sites: int, rounds: int) -> Rounds:
     """A study over the network. A site tells its time as a power of two; half of it is certain to be training."""
-    names = [f"site{number}" for number in range(sites)]
+    names = sorted(PROFILES)[:sites]
     make_phantom_sites(folder, names=names, patients=80, image_size=28, channels=1, seed=1, test_fraction=0.25)
     study = folder / "rounds.yaml"
     tasks = {name: {"labels": "sign", "patients": 60} for name in names}
@@ -149,7 +149,7 @@ def table(measured: list[Rounds]) -> Table:
 @app.command()
 def main(
     rounds: Annotated[int, typer.Option(min=2, help="Rounds of each federation.")] = 7,
-    sites: Annotated[int, typer.Option(min=1, help="Hospitals of each.")] = 2,
+    sites: Annotated[int, typer.Option(min=1, max=len(PROFILES), help="Hospitals of each.")] = 2,
 ) -> None:
     """Seconds of a round over the network beside plain Flower."""
     console = Console()
