@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import os
+import sys
+import threading
 from typing import NoReturn
 
 import typer
@@ -22,6 +26,27 @@ def command_group(help: str) -> typer.Typer:
 
 def run(app: typer.Typer) -> NoReturn:
     """Run `app` on this process's arguments and exit; an error raised on purpose is told without a traceback."""
+    code = 0
+
+    def end_beside_threads() -> None:
+        if any(thread.daemon for thread in threading.enumerate()):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    # An interpreter that shuts down around a thread inside torch aborts. What is registered first is called last.
+    atexit.register(end_beside_threads)
+    try:
+        _run(app)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    except BaseException:
+        code = 1
+        raise
+
+
+def _run(app: typer.Typer) -> NoReturn:
     try:
         app()
     except ConsiliumError as error:

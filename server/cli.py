@@ -134,7 +134,7 @@ def sites_make(
     ] = Orientation.fixed,
 ) -> None:
     """Cut npz files into site folders; a patient is never in two splits or two sites."""
-    from server.simulation import make_sites
+    from server.made_sites import make_sites
 
     folders = make_sites(
         out,
@@ -166,7 +166,7 @@ def sites_phantoms(
     seed: Annotated[int, typer.Option(help="Which phantoms.")] = 0,
 ) -> None:
     """Draw phantom hospitals: images made by a program, no patient's."""
-    from server.simulation import PROFILES, make_phantom_sites
+    from server.made_sites import PROFILES, make_phantom_sites
 
     names = tuple(name or PROFILES)
     drawn = make_phantom_sites(out, names=names, patients=patients, image_size=image_size, channels=channels, seed=seed)
@@ -174,7 +174,7 @@ def sites_phantoms(
 
 
 def _list_sites(folders: Sequence[Path]) -> None:
-    from server.simulation import describe
+    from server.made_sites import describe
 
     for folder in folders:
         site = describe(folder)

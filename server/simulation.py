@@ -19,8 +19,6 @@ from flwr.clientapp import ClientApp
 
 from client.adapt import Sight, ceiling_trials, few_shot_trials, sights
 from client.app import build_client_app
-from client.data.checks import describe
-from client.data.cutting import make_sites
 from client.data.dataset import SiteData
 from client.data.load import load_images, load_site
 from client.data.phantoms import PROFILES, make_phantom_sites
@@ -43,12 +41,8 @@ from server.run_folder import run_plan, starting_parameters
 from server.strategy import RunSettings
 
 __all__ = [  # of the sites' side, for the lab's
-    "PROFILES",
     "Sight",
     "SiteData",
-    "describe",
-    "make_phantom_sites",
-    "make_sites",
     "sights",
 ]
 

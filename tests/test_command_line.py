@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,12 @@ def ending(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int | str |
     def command() -> None:
         raise error
 
+    return exit_code(app, monkeypatch)
+
+
+def exit_code(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> int | str | None:
     monkeypatch.setattr(sys, "argv", ["consilium"])
+    monkeypatch.setattr("atexit.register", lambda function: None)  # this process does not end here
     with pytest.raises(SystemExit) as caught:
         run(app)
     return caught.value.code
@@ -72,8 +78,40 @@ def test_an_error_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.MonkeyP
         raise OSError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(sys, "argv", ["consilium"])
+    monkeypatch.setattr("atexit.register", lambda function: None)
     with pytest.raises(OSError, match="Permission denied"):
         run(app)
+
+
+def test_ctrl_c_beside_a_thread_inside_torch_aborts_nothing() -> None:
+    """A thread that comes back from C++ into an interpreter that shuts down ends the process with SIGABRT."""
+    program = """
+        import threading, time, torch, typer
+        from common.command_line import run
+
+        def busy():
+            while True:
+                end = start = torch.ones(64, 64, requires_grad=True)
+                for _ in range(200):
+                    end = end * 1.0
+                end.register_hook(lambda gradient: None)
+                end.sum().backward()
+
+        app = typer.Typer()
+
+        @app.command()
+        def command():
+            for _ in range(4):
+                threading.Thread(target=busy, daemon=True).start()
+            time.sleep(0.3)
+            raise KeyboardInterrupt
+
+        run(app)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 130, done.stderr
 
 
 @pytest.fixture(scope="module")
