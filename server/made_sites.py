@@ -1,4 +1,4 @@
-"""Sites that a researcher makes of images of his own. Apart from the simulation, for it needs neither torch nor Flower."""
+"""Sites that a researcher makes of images of his own. Apart from the simulation: it needs neither torch nor Flower."""
 
 from client.data.checks import describe
 from client.data.cutting import make_sites

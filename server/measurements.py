@@ -5,19 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import multiprocessing
-import signal
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.files import write_atomically
 from common.params import Params
 from common.plan import StudyPlan
+from common.processes import process_pool
 from common.trials import CEILING, Kind, Trial
 from server.simulation import SiteData, evaluate_ceiling, evaluate_start
 
@@ -57,19 +53,12 @@ def measure_all(measurements: Sequence[Measurement], *, jobs: int) -> Iterator[l
     if jobs == 1:
         yield from map(measure, measurements)
         return
-    spawning = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in an unknown state
-    with ProcessPoolExecutor(jobs, spawning, initializer=_begin_process) as pool:
+    with process_pool(jobs, preload=__name__, torch_threads=1) as pool:
         try:
             yield from pool.map(measure, measurements)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _begin_process() -> None:
-    """One thread for each of the processes; Ctrl-C is for the one that started them."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _fields(trial: Trial) -> dict[str, Any]:

@@ -4,8 +4,6 @@ decoder that crashes on a damaged file takes nobody with it."""
 from __future__ import annotations
 
 import io
-import multiprocessing
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +17,7 @@ from client.data.pixels import Window
 from client.data.readers import Kind, UnreadableImageError, kind_of, read_image, read_mask
 from client.data.slices import SliceRule
 from common.files import write_atomically
+from common.processes import process_pool
 
 _AHEAD = 4  # files waiting for each process
 
@@ -115,13 +114,7 @@ def _outcome(future: Future[tuple[int, ...]]) -> tuple[int, ...] | UnreadableIma
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(processes, context, initializer=_leave_interrupts_to_the_parent)
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return process_pool(processes, preload=__name__)
 
 
 def _frames(job: Job, frames: Sequence[int]) -> Iterator[np.ndarray]:

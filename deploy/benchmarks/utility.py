@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -34,6 +32,7 @@ from common.command_line import run
 from common.files import write_atomically
 from common.metrics import lead_metric
 from common.plan import StudyPlan, load_plan, plan_from_json
+from common.processes import process_pool
 from common.trials import CEILING, RANDOM, Estimate, Trial, interval, mean, split_means
 from server.experiment import arms_of, claim, open_experiment, run_experiment, without_privacy
 from server.progress import ProgressBars
@@ -87,8 +86,7 @@ def main(
     plan = load_plan(study)
     settings = [Setting(e, seed, first=e == epsilon[0]) for seed in range(seeds) for e in epsilon]
     trials: dict[Setting, Sequence[Trial]] = {}
-    spawning = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in an unknown state
-    with ProcessPoolExecutor(jobs, spawning, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with process_pool(jobs, preload=__name__, torch_threads=1) as pool:
         waiting = {pool.submit(run_setting, plan, study.parent, sites, out, s): s for s in settings}
         for done in track(as_completed(waiting), "Runs", total=len(waiting), console=Console(stderr=True)):
             trials[waiting[done]] = done.result()
