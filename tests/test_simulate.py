@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from client.ledger import Ledger
+from server.cli import main
 from server.run_folder import run_history
 
 ROOT = Path(__file__).parents[1]
@@ -72,13 +75,35 @@ def lab(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=300)
 
 
+class Ended(NamedTuple):
+    returncode: int | str | None
+    stderr: str
+
+
+Lab = Callable[..., Ended]
+
+
+@pytest.fixture
+def lab_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lab:
+    """`lab` in this process, for what ends at once: another one would load torch for seconds."""
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["consilium-lab", *map(str, arguments)])
+        monkeypatch.setattr("atexit.register", lambda function: None)
+        with pytest.raises(SystemExit) as end:
+            main()
+        return Ended(end.value.code, capsys.readouterr().err)
+
+    return run
+
+
 def ledgers(run: Path) -> dict[str, Ledger]:
     return {str(path.parent.relative_to(run)): Ledger.existing(path.parent) for path in run.rglob("ledger.sqlite")}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_study_runs_to_its_report_and_is_not_run_twice(plan: Path, tmp_path: Path) -> None:
+def test_a_study_runs_to_its_report_and_is_not_run_twice(plan: Path, tmp_path: Path, lab_here: Lab) -> None:
     run = tmp_path / "run"
     done = lab("simulate", plan, "--out", run, "--json")
     assert done.returncode == 0, done.stderr
@@ -92,14 +117,14 @@ def test_a_study_runs_to_its_report_and_is_not_run_twice(plan: Path, tmp_path: P
     spent = {name: ledger.spent() for name, ledger in ledgers(run).items()}
     assert len(spent) == 6  # three hospitals in two federations, each with a ledger of its own
     assert all(0 < epsilon <= 8.0 for epsilon in spent.values())
-    again = lab("simulate", plan, "--out", run)
+    again = lab_here("simulate", plan, "--out", run)
     assert again.returncode == 2
     assert "go on with --resume, or take another folder" in again.stderr
-    resumed = lab("simulate", plan, "--out", run, "--resume")
+    resumed = lab_here("simulate", plan, "--out", run, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert {name: ledger.spent() for name, ledger in ledgers(run).items()} == spent
     plan.write_text(PLAN.replace("rounds: 4", "rounds: 5"))
-    other = lab("simulate", plan, "--out", run, "--resume")
+    other = lab_here("simulate", plan, "--out", run, "--resume")
     assert other.returncode == 2
     assert "this run folder holds another study" in other.stderr
 
@@ -109,7 +134,7 @@ def test_a_study_runs_to_its_report_and_is_not_run_twice(plan: Path, tmp_path: P
 def test_kill_at_random_moments_and_resume(plan: Path, tmp_path: Path) -> None:
     """Same number of rounds; what was spent is never forgotten; no round is charged twice."""
     run, rng, before = tmp_path / "run", random.Random(7), {}
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen(
             command("simulate", plan, "--out", run, "--resume"), env=environment(), stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -158,13 +183,10 @@ def wait_for(condition, *, seconds: float, process) -> None:  # type: ignore[no-
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_one_sites_bad_data_is_named_and_never_stops_the_others(plan: Path, tmp_path: Path) -> None:
+def test_one_sites_bad_data_is_named_and_never_stops_the_others(plan: Path, tmp_path: Path, lab_here: Lab) -> None:
     sites, run = tmp_path / "sites", tmp_path / "run"
-    for name in ("alder", "birch", "cedar", "yew"):
-        assert (
-            lab("sites", "phantoms", "--out", sites, "--name", name, "--patients", 24, "--image-size", 16).returncode
-            == 0
-        )
+    names = [word for name in ("alder", "birch", "cedar", "yew") for word in ("--name", name)]
+    assert lab_here("sites", "phantoms", "--out", sites, *names, "--patients", 24, "--image-size", 16).returncode == 0
     data = dict(np.load(sites / "birch" / "data.npz"))
     np.savez(sites / "birch" / "data.npz", **{**data, "label_names": np.array(["normal", "mystery"])})
     done = lab("simulate", plan, "--sites", sites, "--out", run, "--json")
@@ -179,20 +201,20 @@ def test_one_sites_bad_data_is_named_and_never_stops_the_others(plan: Path, tmp_
         "cedar": "ok",
     }
     shutil.rmtree(sites / "alder")
-    too_few = lab("simulate", plan, "--sites", sites, "--out", tmp_path / "second")
+    too_few = lab_here("simulate", plan, "--sites", sites, "--out", tmp_path / "second")
     assert too_few.returncode == 2
     assert "only 1 training sites can be used, and the quorum is 2" in too_few.stderr
     assert "alder: there is no folder of this site" in too_few.stderr
 
 
-def test_wrong_use_is_told_and_leaves_nothing_behind(plan: Path, tmp_path: Path) -> None:
+def test_wrong_use_is_told_and_leaves_nothing_behind(plan: Path, tmp_path: Path, lab_here: Lab) -> None:
     plan.write_text(PLAN.replace("alder", "abbey"))
-    unknown = lab("simulate", plan, "--out", tmp_path / "run")
+    unknown = lab_here("simulate", plan, "--out", tmp_path / "run")
     assert unknown.returncode == 2
     assert "abbey is no phantom hospital" in unknown.stderr
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
-    occupied = lab("simulate", plan, "--out", tmp_path / "mine")
+    occupied = lab_here("simulate", plan, "--out", tmp_path / "mine")
     assert occupied.returncode == 2
     assert "is not empty and holds no study" in occupied.stderr
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
