@@ -79,23 +79,25 @@ class SiteJournal:
         """All of them, each as it was signed. Raises JournalDamaged."""
         return self.journal.entries() if self.journal else []
 
-    def write_up(self, study: str, ledger: Ledger | None, releases: ReleaseStore) -> None:
-        """Every charge of the ledger and every release of the study that is not there yet.
+    def write_up(self, study: str, ledger: Ledger | None, releases: ReleaseStore) -> str:
+        """Every charge of the ledger and every release of the study that is not there yet. Returns "LINE HASH" of the
+        last line, for the next charge: so the ledger, of which the lab keeps the head, holds the journal too.
 
         Raises JournalDamaged, or LedgerRolledBack if the ledger lacks what was charged.
         """
         if self.journal is None:
-            return
+            return ""
         path, chain = self.journal.path, ledger.chain() if ledger else None
 
         def lacking(entries: list[Entry]) -> Iterator[Found]:
             if chain:
+                _hold(chain, entries, path)
                 yield from _unbroken(_missing(chain, entries, path), entries, path)
             told = {e.count("round") for e in entries if e.what == RELEASED and e.text("study") == study}
             for round in sorted(set(releases.rounds()) - told):
                 yield RELEASED, {"study": study, "round": round, **_weighed(releases, round)}
 
-        self._write(lacking)
+        return self._write(lacking)
 
     def verify(self, ledger: Ledger | None, *, former: Collection[str] = ()) -> list[Entry]:
         """Every entry, if none was changed and none is missing: the ledger's charges say what must be there.
@@ -104,9 +106,11 @@ class SiteJournal:
         """
         if self.journal is None:
             return []
-        entries = self.journal.verified(former=former)
+        entries, path = self.journal.verified(former=former), self.journal.path
         if ledger:
-            _unbroken(_missing(ledger.chain(), entries, self.journal.path), entries, self.journal.path)
+            chain = ledger.chain()
+            _hold(chain, entries, path)
+            _unbroken(_missing(chain, entries, path), entries, path)
         return entries
 
     def reopen(self, ledger: Ledger | None, *, by: str) -> Path | None:
@@ -117,22 +121,32 @@ class SiteJournal:
         digest = sha256(path.read_bytes()).hexdigest() if path.exists() else ""
         if path.exists():
             aside = path.rename(path.with_name(f"{path.name}.replaced-{time.time_ns()}"))
-        begun: list[Found] = [(REOPENED, {"by": by, "before": digest})]
         charged = _missing(ledger.chain(), [], path) if ledger else []
+        begun: list[Found] = [(REOPENED, {"by": by, "before": digest, "rows": len(charged)})]
         self._write(lambda _: iter([*begun, *charged]))
         return aside
 
     def _add(self, what: str, **fields: str | int) -> None:
         self._write(lambda _: iter([(what, fields)]))
 
-    def _write(self, lacking: Callable[[list[Entry]], Iterator[Found]]) -> None:
-        if self.journal is not None:
-            self.journal.add(lacking)
+    def _write(self, lacking: Callable[[list[Entry]], Iterator[Found]]) -> str:
+        return self.journal.add(lacking) if self.journal else ""
 
 
 def charged_rows(entries: list[Entry]) -> dict[int, Entry]:
     """The ledger's rows as the journal knows them."""
     return {entry.count("row"): entry for entry in entries if entry.what == CHARGED}
+
+
+def _hold(chain: Chain, entries: list[Entry], path: Path) -> None:
+    """Raise JournalDamaged unless every charge still follows the line that it followed; those from before the journal
+    was reopened followed lines of the one before."""
+    former = max((entry.count("rows") for entry in entries if entry.what == REOPENED), default=0)
+    for charge in chain.charges[former:]:
+        line, _, digest = charge.journal.partition(" ")
+        if line and (len(entries) < int(line) or (int(line) and entries[int(line) - 1].hash != digest)):
+            what = f"row {charge.number} of the ledger was charged after line {line}, which is not there as it was"
+            raise JournalDamaged(f"{path}:{line}: {what}: lines were cut off or written anew; {REMEDY}")
 
 
 def _missing(chain: Chain, entries: list[Entry], path: Path) -> list[Found]:
@@ -154,7 +168,7 @@ def _unbroken(missing: list[Found], entries: list[Entry], path: Path) -> list[Fo
 
 
 def _told(charge: Charge) -> dict[str, Any]:
-    row = {"row": charge.number, "hash": charge.hash, "charged": charge.time}
+    row = {"row": charge.number, "hash": charge.hash, "charged": charge.time, "after": charge.journal}
     return {"study": charge.study, "round": charge.round, **row, **asdict(charge.event)}
 
 

@@ -32,7 +32,7 @@ _CLOCK_TOLERANCE_S = 60.0
 _WAIT_S = 60.0  # for another process that is charging
 _PASSING = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY)  # nothing is wrong with the ledger itself
 _START = "0" * 64
-_NOTED = re.compile(r"(\d{1,15}) ([0-9a-f]{64})")
+_NOTED = re.compile(r"(\d{1,15}) ([0-9a-f]{64})")  # a number of rows or lines, and the hash of the last
 
 _TABLE = """
 CREATE TABLE entry (
@@ -74,6 +74,7 @@ class Charge:
     round: int
     event: Event
     hash: str  # over this row and, through the one before it, all earlier ones
+    journal: str  # "LINE HASH" of the journal's last line before it; empty where none is kept
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ class Ledger:
         """The same; None if no ledger was ever opened here. A lost one is damaged: its marker outlives it."""
         return Ledger.existing(folder) if any(folder.glob("ledger.*")) else None
 
-    def charge(self, *, study: str, round: int, event: Event) -> Grant:
-        """Write the charge for one round and return leave to make its queries.
+    def charge(self, *, study: str, round: int, event: Event, journal: str = "") -> Grant:
+        """Write the charge for one round, after the `journal`'s last line, and return leave to make its queries.
 
         Raises RoundSpent if this (study, round) was charged before, BudgetExceeded if the budget does not cover it,
         LedgerDamaged, or ValueError for an event that is no mechanism.
@@ -154,7 +155,7 @@ class Ledger:
                     f"the budget is {self.terms.epsilon:.4f} at delta {self.terms.delta:.3g}"
                 )
             now = _now(chain.charges[-1].time if chain.charges else 0.0)
-            row = next_row(chain.rows[-1], time=now, study=study, round=round, event=event)
+            row = next_row(chain.rows[-1], time=now, study=study, round=round, event=event, journal=journal)
             _append(connection, row)
         note_rows(self.folder, row[0], row[4])
         return Grant(event.count)
@@ -218,9 +219,10 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         connection.close()
 
 
-def next_row(last: Row, *, time: float, study: str, round: int, event: Event) -> Row:
+def next_row(last: Row, *, time: float, study: str, round: int, event: Event, journal: str) -> Row:
     """The row of a charge, chained to the `last` one."""
-    body = json.dumps({"time": time, "study": study, "round": round, **asdict(event)}, sort_keys=True)
+    fields = {"time": time, "study": study, "round": round, "journal": journal, **asdict(event)}
+    body = json.dumps(fields, sort_keys=True)
     return last[0] + 1, study, round, body, _hash(last[0] + 1, last[4], body)
 
 
@@ -317,10 +319,12 @@ def _charge(number: int, body: str, digest: str, file: Path) -> Charge:
             sample_rate=fields["sample_rate"], noise_multiplier=fields["noise_multiplier"], count=fields["count"]
         )
         _check_event(event)
-        at, study, round_ = float(fields["time"]), fields["study"], fields["round"]
-        if not math.isfinite(at) or type(study) is not str or type(round_) is not int:
-            raise ValueError("time, study and round are not of their types")
-        return Charge(number=number, time=at, study=study, round=round_, event=event, hash=digest)
+        at, study, round_, journal = float(fields["time"]), fields["study"], fields["round"], fields["journal"]
+        if not math.isfinite(at) or [type(study), type(round_), type(journal)] != [str, int, str]:
+            raise ValueError("time, study, round and journal are not of their types")
+        if journal and not _NOTED.fullmatch(journal):
+            raise ValueError(f"{journal!r} is no line of a journal")
+        return Charge(number=number, time=at, study=study, round=round_, event=event, hash=digest, journal=journal)
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise LedgerDamaged(f"{file}: row {number} is no charge: {error}") from None
 

@@ -99,7 +99,8 @@ def _continued(rows: tuple[Row, ...], charged: Mapping[int, Entry], file: Path) 
         except ValueError as error:
             raise LedgerDamaged(f"entry {entry.number} of the journal is no charge: {error}") from None
         at, study, round = entry.number_of("charged"), entry.text("study"), entry.count("round")
-        row = next_row(continued[-1], time=at, study=study, round=round, event=event)
+        after = entry.text("after")
+        row = next_row(continued[-1], time=at, study=study, round=round, event=event, journal=after)
         if row[4] != entry.text("hash"):
             raise LedgerDamaged(f"{file} does not lead to row {row[0]} of the journal: it is another ledger")
         continued.append(row)

@@ -63,11 +63,12 @@ class Study:
             raise BadInstruction("a roster, and the plan has no secure sum")
         return None if self.masking is None else self.masking.masks(roster, round)
 
-    def charge(self, round: int) -> Grant:
-        """Spend the budget of one round; without privacy, leave to ask as many queries as the plan has."""
+    def charge(self, round: int, *, journal: str = "") -> Grant:
+        """Spend the budget of one round, after the `journal`'s last line; without privacy, leave to ask as many queries
+        as the plan has."""
         if self.ledger is None or self.event is None:
             return Grant(queries_per_round(self.plan))
-        return self.ledger.charge(study=self.plan.digest, round=round, event=self.event)
+        return self.ledger.charge(study=self.plan.digest, round=round, event=self.event, journal=journal)
 
     def query(self, round: int, shared: Arrays, grant: Grant) -> Outcome:
         """The algorithm over private queries, and the monitor's own query where the plan asks for it."""

@@ -114,10 +114,10 @@ class Worker:
         stored = study.releases.load(instruction.round)
         if stored is not None:
             return masks.masked(stored) if masks else stored
-        self._journal.write_up(study.plan.digest, study.ledger, study.releases)  # or refuse, before the charge
+        story = self._journal.write_up(study.plan.digest, study.ledger, study.releases)  # or refuse, before the charge
         started = time.monotonic()
         with self._times.held(study.plan.digest, limit_s=study.plan.round_timeout_s):
-            grant = study.charge(instruction.round)
+            grant = study.charge(instruction.round, journal=story)
             self._write_up(study)
             outcome = study.query(instruction.round, instruction.shared, grant)
             span_s = self._times.span(study.plan.digest, since=started)

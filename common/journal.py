@@ -47,6 +47,7 @@ class Entry:
     what: str
     key: str  # who signed it: public key, hex
     fields: Mapping[str, Any]
+    hash: str  # SHA-256 of the line, which the next one names
 
     def text(self, name: str) -> str:
         """The text of that name. Raises JournalDamaged if there is none."""
@@ -81,8 +82,9 @@ class Journal:
     path: Path
     key: Ed25519PrivateKey
 
-    def add(self, lacking: Callable[[list[Entry]], Iterator[Found]]) -> None:
-        """Write what `lacking` says of the entries that are there; the decision and the writing are one step.
+    def add(self, lacking: Callable[[list[Entry]], Iterator[Found]]) -> str:
+        """Write what `lacking` says of the entries that are there; the decision and the writing are one step. Returns
+        "LINE HASH" of the last line then, "0 " and zeros if there is none.
 
         Raises JournalDamaged if an entry was changed or the file cannot be written; what was there stays then.
         """
@@ -99,6 +101,7 @@ class Journal:
                 written, head = written + line + b"\n", _hash(line)
             if new:
                 _append(file, written, at=end)
+            return f"{len(entries) + len(new)} {head}"
 
     def entries(self) -> list[Entry]:
         """All of them, each signed by whoever it says. Raises JournalDamaged with the exact place."""
@@ -193,7 +196,7 @@ def _entry(line: bytes, number: int, previous: str) -> Entry:
         SignedDocument(KIND, body, own["key"], signature[1].decode()).verified(KIND)
     except UntrustedDocument:
         raise ValueError("its signature is wrong: it was changed") from None
-    return Entry(number, own["time"], own["what"], own["key"], fields)
+    return Entry(number, own["time"], own["what"], own["key"], fields, _hash(line))
 
 
 def _hash(line: bytes) -> str:

@@ -97,7 +97,9 @@ class SiteReply:
     queries: int = field(default=0, metadata=_public("the number of private queries", "the plan fixes it"))
     epsilon: float = field(default=0.0, metadata=_public("the ledger's epsilon", "a function of what was charged"))
     ledger_rows: int = field(default=0, metadata=_public("the ledger's length", "one row for each charge"))
-    ledger_head: str = field(default="", metadata=_public("the ledger's last hash", "over charges and their times"))
+    ledger_head: str = field(
+        default="", metadata=_public("the ledger's last hash", "over charges, their times, and hashes of the journal")
+    )
     seconds: float = field(
         default=0.0, metadata=_public("a wall time rounded up to a power of two", "coarse: client.reply_time")
     )

@@ -19,5 +19,5 @@ check ruff check .
 check ruff format --check .
 check mypy
 export OMP_NUM_THREADS=1 # each process of the tests has one core
-check pytest --numprocesses auto --dist worksteal "$@"
+check pytest --numprocesses $(($(nproc) + 1)) --dist load --maxschedchunk 1 "$@" # one more: federations often wait
 exit "$status"

@@ -23,6 +23,16 @@ SiteMaker = Callable[..., Path]
 PlanMaker = Callable[..., StudyPlan]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What may take longest begins first, so that at the end no processor waits for another's long test."""
+    items.sort(key=_limit_s, reverse=True)
+
+
+def _limit_s(item: pytest.Item) -> float:
+    limit = item.get_closest_marker("timeout")
+    return float(limit.args[0]) if limit else 0.0
+
+
 def soon(holds: Callable[[], bool], *, timeout_s: float = 10.0) -> bool:
     """Whether it holds within the time."""
     deadline = time.monotonic() + timeout_s

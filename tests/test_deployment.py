@@ -33,7 +33,7 @@ from server.run_folder import final_parameters
 from server.simulation import Federation, run_federation
 from server.start import initial_parameters
 
-SITES = ("alder", "cedar")
+SITES = ("alder", "birch", "cedar")
 
 
 def write_study(folder: Path, name: str, **changes: object) -> Path:
@@ -43,13 +43,20 @@ def write_study(folder: Path, name: str, **changes: object) -> Path:
             "kind": "classification",
             "image_size": 28,
             "channels": 1,
-            "label_sets": {"lung": ["normal", "nodule"], "head": ["normal", "bleed"]},
+            "label_sets": {
+                "lung": ["normal", "nodule"],
+                "chest": ["normal", "opacity"],
+                "head": ["normal", "bleed"],
+            },
         },
-        "sites": {"alder": {"labels": "lung", "patients": 60}, "cedar": {"labels": "head", "patients": 60}},
+        "sites": {
+            site: {"labels": labels, "patients": 60}
+            for site, labels in zip(SITES, ("lung", "chest", "head"), strict=True)
+        },
         "model": {"name": "conv4", "width": 8, "trainable": "film"},
         "algorithm": {"name": "reptile", "inner_steps": 2, "inner_lr": 0.1},
         "rounds": 2,
-        "quorum": 2,
+        "quorum": 3,
         "round_timeout_s": 90,
         "sampling": {"sample_rate": 0.2, "max_images_per_patient": 2},
         "privacy": {"epsilon": 8, "clip": 1.0},
@@ -68,7 +75,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_two_hospitals_and_a_lab_from_init_to_report(folder: Path) -> None:
+def test_hospitals_and_a_lab_from_init_to_report(folder: Path) -> None:
     clock, environment = shifted_clock(folder)
     with (
         small_disk(folder / "alder" / "state") as fill,
@@ -83,10 +90,12 @@ def test_two_hospitals_and_a_lab_from_init_to_report(folder: Path) -> None:
 
 
 def three_studies_side_by_side(federation: LocalFederation) -> None:
-    """One under privacy, one without, and one that the lab stops."""
+    """One under privacy, one as a secure sum without noise, and one that the lab stops."""
     private = write_study(federation.folder, "private")
     # only phantoms, which have no patients, take part without privacy
-    open_ = write_study(federation.folder, "open", privacy="none", outer={"weights": "equal"})
+    open_ = write_study(
+        federation.folder, "open", privacy="none", outer={"weights": "equal", "secure_sum": {"range": 2}}
+    )
     stopped = write_study(federation.folder, "stopped", description="nobody wants it")
     runs = {study: federation.run(study) for study in (private, open_, stopped)}
     for site in SITES:
@@ -135,8 +144,9 @@ def it_cost_what_the_plan_says(federation: LocalFederation, study: Path, said: s
 
 
 def it_equals_the_simulation(federation: LocalFederation, study: Path) -> None:
-    """Replies come in any order: a last bit."""
+    """There nobody masks anything. Replies come in any order: a last bit."""
     plan = load_plan(study)
+    plan = plan.model_copy(update={"outer": plan.outer.model_copy(update={"secure_sum": None})})
     folders = {site: federation.folder / site for site in SITES}
     simulated = Federation(plan, federation.folder / "simulated", folders, initial_parameters(plan, federation.folder))
     run_federation(simulated)
@@ -165,7 +175,7 @@ def a_bundle_with_code_is_not_opened(federation: LocalFederation) -> None:
         control.submit(bundle, loot=str(loot))
     wait_for("the answers to the hostile orders", loot.exists)
     answers = json.loads(loot.read_text())
-    assert answers["asked"] == len(answers["said"]) == 12
+    assert answers["asked"] == len(answers["said"]) == 6 * len(SITES)
     assert set(answers["said"]) == {
         "bad-instruction: 0 arrays, 0 rows",
         "not-approved: 0 arrays, 0 rows",

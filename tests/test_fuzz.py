@@ -142,6 +142,7 @@ FIELDS = {
     "time": 1e9,
     "study": STUDY,
     "round": 1,
+    "journal": f"3 {0:064d}",
     "sample_rate": 0.5,
     "noise_multiplier": 2.0,
     "count": 3,

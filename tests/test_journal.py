@@ -258,11 +258,11 @@ def test_a_journal_that_fails_after_the_charge_stops_nothing_and_catches_up(
     worker, plan = trained(folder, make_plan, 0)
     real, calls = Journal.add, []
 
-    def failing(self: Journal, lacking: object) -> None:
+    def failing(self: Journal, lacking: object) -> str:
         calls.append(1)
         if len(calls) > 1:
             raise JournalDamaged("the disk is full")
-        real(self, lacking)
+        return real(self, lacking)
 
     with monkeypatch.context() as full:
         full.setattr(Journal, "add", failing)
@@ -281,9 +281,36 @@ def test_a_journal_whose_end_was_cut_off_is_found_by_the_ledger(make_site: SiteM
     (state / FILE).write_bytes(b"".join(lines[:2]))
     assert SiteJournal.of(state).verify(Ledger.existing(state))  # as after a kill between a charge and its entry
     (state / FILE).write_bytes(b"")
-    with pytest.raises(JournalDamaged, match=f"{FILE}:1: ends before row 1 of the ledger"):
+    with pytest.raises(JournalDamaged, match=f"{FILE}:2: row 2 of the ledger was charged after line 2, which is not there"):
         SiteJournal.of(state).verify(Ledger.existing(state))
     assert worker.train(instruct(plan, 3)).code == "journal-damaged"
+
+
+def test_an_approval_that_was_cut_off_or_replaced_is_found_by_the_ledger(
+    make_site: SiteMaker, make_plan: PlanMaker
+) -> None:
+    """What the patients were charged for is chained to who had approved it, and the lab keeps that chain's head."""
+    folder = make_site("alder")
+    state, plan, worker = folder / "state", make_plan(), real_worker(folder)
+    assert prepare(worker, plan).code == "not-approved"
+    SiteJournal.of(state).approved(plan, by="Dr Example")
+    approval.approve(state, plan, by="Dr Example", document=sign(STUDY, plan.to_json(), LAB))
+    assert prepare(worker, plan).code == "ok"
+    before = (state / FILE).read_bytes().splitlines(keepends=True)
+    assert worker.train(instruct(plan)).code == "ok"
+    ledger = Ledger.existing(state)
+    assert ledger.charges()[0].journal == f"{len(before)} {sha256(before[-1].rstrip()).hexdigest()}"
+    (state / FILE).write_bytes(b"".join(before[:2]))  # one charge may be missing: its worker may have been killed
+    with pytest.raises(JournalDamaged, match=f"{FILE}:3: row 1 of the ledger was charged after line 3, which is not"):
+        SiteJournal.of(state).verify(ledger)
+    SiteJournal.of(state).approved(plan, by="Dr Other")  # whoever has the site's key can sign another
+    with pytest.raises(JournalDamaged, match=f"{FILE}:3: row 1 of the ledger was charged after line 3, which is not"):
+        SiteJournal.of(state).verify(ledger)
+    assert worker.train(instruct(plan, 2)).code == "journal-damaged"
+    SiteJournal.of(state).reopen(ledger, by="Dr Third")
+    assert SiteJournal.of(state).verify(ledger)
+    assert worker.train(instruct(plan, 2)).code == "ok"
+    assert SiteJournal.of(state).verify(Ledger.existing(state))
 
 
 def test_the_journal_remembers_a_ledger_that_was_put_back_with_its_marker(
