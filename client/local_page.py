@@ -7,8 +7,10 @@ user of this machine whose name is kept; a browser that was left open is nobody.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -194,10 +196,11 @@ def models(page: LocalPage) -> str:
 
 
 def report_of(page: LocalPage, key: str) -> bytes | None:
-    """The page that `adapt` wrote in the folder of that key; None if there is none, or it lies elsewhere."""
-    for folder in _folders(page.results):
-        if _key(folder) == key and (file := _report(folder)) is not None:
-            return file.read_bytes()
+    """The page that `adapt` wrote in the folder of that key; None if there is none to be read, or it lies elsewhere."""
+    with contextlib.suppress(OSError):
+        for folder in _folders(page.results):
+            if _key(folder) == key and (file := _report(folder)) is not None:
+                return file.read_bytes()
     return None
 
 
@@ -233,7 +236,11 @@ def _part(compute: Callable[[], T]) -> Part[T]:
 
 
 def _state(folder: Path) -> Path:
-    return folder / load_site_config(folder).state
+    """The state folder, be it there or not. Raises PermissionError where it would only look empty to this user."""
+    state = folder / load_site_config(folder).state
+    with contextlib.suppress(FileNotFoundError):
+        os.scandir(state).close()
+    return state
 
 
 def _journal(folder: Path) -> SiteJournal:
