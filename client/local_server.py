@@ -11,12 +11,16 @@ token, but a browser sends a cookie to every port of a host; so do not visit the
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import re
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import uvicorn
 from starlette.applications import Starlette
@@ -44,6 +48,7 @@ HEADERS = {
 
 _OWN_NAME = re.compile(r"(?:127\.0\.0\.1|localhost)(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
 _TOKEN_BYTES = 32
+T = TypeVar("T")
 
 
 def serve(page: LocalPage, *, port: int, ready: Callable[[str], object]) -> None:
@@ -73,9 +78,6 @@ def local_app(page: LocalPage, *, token: str, cookie: str) -> ASGIApp:
 
 
 def _routes(page: LocalPage) -> list[Route]:
-    def shows(make: Callable[[LocalPage], str]) -> Callable[[Request], Response]:
-        return lambda request: HTMLResponse(make(page))
-
     def data(request: Request) -> Response:
         number = request.query_params.get("check", "")
         if not number.isdecimal():
@@ -96,14 +98,47 @@ def _routes(page: LocalPage) -> list[Route]:
         return HTMLResponse(found)
 
     return [
-        Route("/", shows(local_page.overview)),
-        Route("/studies", shows(local_page.studies)),
-        Route("/privacy", shows(local_page.privacy)),
-        Route("/privacy/ledger", ledger),
-        Route("/data", data),
-        Route("/models", shows(local_page.models)),
-        Route("/models/{key}", report),
+        _route("/", lambda request: HTMLResponse(local_page.overview(page))),
+        _route("/studies", lambda request: HTMLResponse(local_page.studies(page))),
+        _route("/privacy", lambda request: HTMLResponse(local_page.privacy(page))),
+        _route("/privacy/ledger", ledger),
+        _route("/data", data),
+        _route("/models", lambda request: HTMLResponse(local_page.models(page))),
+        _route("/models/{key}", report),
     ]
+
+
+def _route(path: str, answer: Callable[[Request], Response]) -> Route:
+    async def endpoint(request: Request) -> Response:
+        return await beside(lambda: answer(request))
+
+    return Route(path, endpoint)
+
+
+async def beside(compute: Callable[[], T]) -> T:
+    """What `compute` returns, by a thread of its own that keeps no process from ending: Ctrl-C waits for no page."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def tell(result: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(cast(T, result))
+        else:
+            done.set_exception(error)
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            result = compute()
+        except Exception as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(tell, result, error)
+
+    threading.Thread(target=work, name="page", daemon=True).start()
+    return await done
 
 
 def _door(inside: ASGIApp, *, token: str, cookie: str) -> ASGIApp:
@@ -119,7 +154,10 @@ def _door(inside: ASGIApp, *, token: str, cookie: str) -> ASGIApp:
             await send(message)
 
         answer = _turned_away(Request(scope), token, cookie) or inside
-        await answer(scope, receive, send_guarded)
+        try:
+            await answer(scope, receive, send_guarded)
+        except asyncio.CancelledError:  # Ctrl-C, while a page is made
+            await PlainTextResponse("the page was stopped", status_code=503)(scope, receive, send_guarded)
 
     return door
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -562,7 +563,7 @@ def test_a_process_answers_on_loopback_alone(running: str) -> None:
     for host, answers in (("127.0.0.1", True), ("127.0.0.2", False)):  # both of this machine's loopback
         with socket.socket() as caller:
             assert (caller.connect_ex((host, port)) == 0) is answers
-    with httpx.Client(follow_redirects=True, trust_env=False) as client:
+    with httpx.Client(follow_redirects=True, trust_env=False, timeout=30) as client:
         assert client.get(running.split("?")[0]).status_code == 403
         answer = client.get(running)
         assert answer.status_code == 200
@@ -588,6 +589,23 @@ def test_a_browser_gets_in_by_the_address_and_keeps_the_rules(running: str, tmp_
     assert "elm" in tree.text
     assert "What wants a person" in tree.text
     assert not re.search("Content Security Policy|Refused to", done.stderr)
+
+
+def test_a_page_that_takes_long_keeps_nobody_from_ending() -> None:
+    """The thread of a page is a daemon, and what comes of it too late disturbs nothing."""
+    release, left = threading.Event(), list[threading.Thread]()
+
+    async def stopped() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(local_server.beside(release.wait), 0.05)
+        left.extend(thread for thread in threading.enumerate() if thread.name == "page")
+
+    asyncio.run(stopped())
+    assert [thread.daemon for thread in left] == [True]
+    release.set()
+    left[0].join(10)
+    with pytest.raises(KeyError):
+        asyncio.run(local_server.beside(lambda: {}["a"]))
 
 
 def test_a_port_that_is_taken_is_said(running: str, tmp_path: Path) -> None:
