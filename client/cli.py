@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +13,7 @@ import typer
 from client import cli_adapt, cli_network, cli_records
 from client.cli_audit import audit
 from client.cli_import import import_
+from client.cli_page import page
 from common.command_line import command_group, run
 from common.disclosure import shown
 
@@ -26,6 +27,7 @@ cli_network.add_commands(app)
 cli_records.add_commands(app)
 cli_adapt.add_commands(app)
 app.command()(audit)
+app.command()(page)
 data.command("import")(import_)
 
 
@@ -67,8 +69,7 @@ def _show(report: SiteReport, number: Callable[[int], str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    counted = {"multilabel": "finding", "segmentation": "marked"}.get(report.kind, "label")
-    table = Table(counted, "split", "patients", "images", title=f"{report.site} ({report.folder})")
+    table = Table(report.counted, "split", "patients", "images", title=f"{report.site} ({report.folder})")
     for count in report.counts:
         table.add_row(count.label, count.split, number(count.patients), number(count.images))
     fewest, mean, most = report.images_per_patient
@@ -79,7 +80,7 @@ def _show(report: SiteReport, number: Callable[[int], str]) -> None:
         f" ({number(report.training_patients)} train); {f'{fewest} to {most} images per patient, ' if most else ''}"
         f"mean {mean:g}; {number(report.masks)} with a mask"
     )
-    for line in _known_details(report, number):
+    for line in report.known_details(number):
         typer.echo(line)
     for note in report.notes:
         typer.secho(f"note: {note}", fg=typer.colors.YELLOW)
@@ -91,16 +92,6 @@ def _show(report: SiteReport, number: Callable[[int], str]) -> None:
         typer.secho("fit for use", fg=typer.colors.GREEN)
     else:
         typer.secho(f"not fit for use: problems found: {len(report.problems)}", fg=typer.colors.RED, err=True)
-
-
-def _known_details(report: SiteReport, number: Callable[[int], str]) -> Iterator[str]:
-    """One line for each detail that is known of some image."""
-    for title, tally in (("modality", report.modalities), ("sex", report.sexes), ("scanner", report.scanners)):
-        if tally:
-            counts = ", ".join(f"{name or 'not known'} {number(count)}" for name, count in tally.items())
-            yield f"{title}: {counts}"
-    if report.ages:
-        yield "age: {:g} to {:g} years".format(*report.ages)
 
 
 def main() -> None:

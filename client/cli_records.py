@@ -6,7 +6,7 @@ import getpass
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -105,9 +105,10 @@ def show(
     if as_json:
         typer.echo(json.dumps([entry.to_json() for entry in entries], indent=2))
         return
+    from client.journal import in_words
     from client.spending import day_and_time
 
-    rows = [(str(e.number), day_and_time(e.time), e.what, _in_words(e.fields)) for e in entries]
+    rows = [(str(e.number), day_and_time(e.time), e.what, in_words(e)) for e in entries]
     _print_table(("", "when", "what", "which"), rows)
 
 
@@ -148,12 +149,6 @@ def _state(folder: Path) -> Path:
 
     config: SiteConfig = load_site_config(folder)
     return folder / config.state
-
-
-def _in_words(fields: Any) -> str:
-    """Fields on a line, digests cut short, nothing that a terminal would obey."""
-    told = (f"{name} {value[:12] if name in ('study', 'hash', 'sha256') else value}" for name, value in fields.items())
-    return "".join(c if c.isprintable() else "?" for c in ", ".join(told))
 
 
 def _print_table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

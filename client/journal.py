@@ -133,6 +133,13 @@ class SiteJournal:
         return self.journal.add(lacking) if self.journal else ""
 
 
+def in_words(entry: Entry) -> str:
+    """An entry's fields on a line, digests cut short, nothing that a terminal or a page would obey."""
+    short = ("study", "hash", "sha256")
+    told = (f"{name} {str(value)[:12] if name in short else value}" for name, value in entry.fields.items())
+    return "".join(c if c.isprintable() else "?" for c in ", ".join(told))
+
+
 def charged_rows(entries: list[Entry]) -> dict[int, Entry]:
     """The ledger's rows as the journal knows them."""
     return {entry.count("row"): entry for entry in entries if entry.what == CHARGED}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,12 @@ _SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8
 
 def write_page(path: Path, spending: Spending) -> None:
     """The page; whole or absent. Raises OSError."""
-    page = render(
+    write_atomically(path, page(spending).encode())
+
+
+def page(spending: Spending) -> str:
+    """The whole page, HTML."""
+    return render(
         _TEMPLATES / "privacy.html",
         spending=spending,
         share=spending.spent / spending.terms.epsilon,
@@ -27,9 +33,9 @@ def write_page(path: Path, spending: Spending) -> None:
         written=day_and_time(time.time()),
         version=software_version(),
     )
-    write_atomically(path, page.encode())
 
 
+@functools.lru_cache(maxsize=4)  # forty compositions
 def _figure(spending: Spending) -> str:
     """Epsilon over time as an SVG element: a step for each charge, in the colour of its study, under the budget."""
     import matplotlib.dates

@@ -48,6 +48,7 @@ from common.params import digest, to_arrays
 from common.plan import StudyPlan
 from common.starting_point import starting
 from common.trials import interval
+from tests.readable import require_readable
 
 STUDY: dict[str, Any] = {
     "study": "small",
@@ -129,6 +130,7 @@ def test_adapt_writes_a_model_that_can_be_read_again(adapted: Path) -> None:
 
 def test_the_page_stands_alone_and_is_honest(adapted: Path) -> None:
     page = (adapted / PAGE).read_text()
+    assert len(require_readable(page).all("table")) == 2
     facts = read_facts(adapted)
     assert told(facts) in page
     assert "Nothing left the hospital, and nothing was charged" in page

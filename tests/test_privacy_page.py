@@ -81,7 +81,7 @@ def test_the_page_stands_alone_and_says_what_the_ledger_says(folder: Path, tmp_p
     for word in ("lungs", OTHER[:12], "budget", "epsilon of a patient"):
         assert word in text[text.index("<svg") : text.index("</svg>")], word
     table = re.findall(r"<td>([^<]*)</td>", text)
-    assert (table[1], table[2]) == ("3, 1 to 3", "12")
+    assert (table[0], table[1]) == ("3, 1 to 3", "12")
 
 
 def test_a_site_that_spent_nothing_has_a_page_too(make_site: SiteMaker, tmp_path: Path) -> None:

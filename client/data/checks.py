@@ -55,6 +55,20 @@ class SiteReport:
     def fit(self) -> bool:
         return not self.problems
 
+    @property
+    def counted(self) -> str:
+        """What the counts are of."""
+        return {"multilabel": "finding", "segmentation": "marked"}.get(self.kind, "label")
+
+    def known_details(self, number: Callable[[int], str]) -> Iterator[str]:
+        """One line for each detail that is known of some image; `number` writes a count."""
+        for title, tally in (("modality", self.modalities), ("sex", self.sexes), ("scanner", self.scanners)):
+            if tally:
+                counts = ", ".join(f"{name or 'not known'} {number(count)}" for name, count in tally.items())
+                yield f"{title}: {counts}"
+        if self.ages:
+            yield "age: {:g} to {:g} years".format(*self.ages)
+
     def to_json(self) -> dict[str, object]:
         """Plain values, with `fit` beside the fields."""
         return {**dataclasses.asdict(self), "folder": str(self.folder), "fit": self.fit}
