@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import vmap
 from torch.nn.functional import pad
 
-from common.learner import Learner
+from common.learner import Learner, gradient_at
 from common.params import Params
+
+
+Result = TypeVar("Result")
 
 
 class Batch(NamedTuple):
@@ -48,23 +53,55 @@ def meta_gradients(
 ) -> Iterator[Params]:
     """The gradient of `meta_loss` in `params`, `fixed` held still, for each episode in turn.
 
-    `together` episodes at once by vmap, which pays on a GPU, or one after the other, which is as fast on a CPU and in
-    a seventh of the memory; the numbers are the same.
+    `together` episodes at once by vmap, which pays on a GPU, or each by itself, which is as fast on a CPU and in a
+    seventh of the memory; the numbers are the same.
     """
 
-    def of_episode(moving: Params, episode: Episode) -> Tensor:
-        return meta_loss(learner, fixed | moving, episode)
+    def gradient(twin: Learner, episode: Episode) -> Params:
+        return gradient_at(params, lambda moving: meta_loss(twin, fixed | moving, episode))
 
-    gradient = grad(of_episode)
     if together == 1:
-        for episode in episodes:
-            yield gradient(params, episode)
+        yield from side_by_side(learner, episodes, gradient)
         return
     for start in range(0, len(episodes), together):
         chunk = episodes[start : start + together]
-        stacked = vmap(gradient, in_dims=(None, 0))(params, _stack(chunk))
+        stacked = vmap(lambda episode: gradient(learner, episode))(_stack(chunk))
         for number in range(len(chunk)):
             yield {name: value[number] for name, value in stacked.items()}
+
+
+def side_by_side(
+    learner: Learner, episodes: Sequence[Episode], work: Callable[[Learner, Episode], Result]
+) -> Iterator[Result]:
+    """What `work` makes of each episode, in their order. As many at once as torch may use threads, each on one: a small
+    batch leaves a second thread inside an operation little to do."""
+    threads = min(torch.get_num_threads(), len(episodes))
+    if threads <= 1:
+        for episode in episodes:
+            yield work(learner, episode)
+        return
+    free = deque(learner.twin() for _ in range(threads))
+    running: deque[Future[Result]] = deque()
+
+    def on_a_twin(episode: Episode) -> Result:
+        twin = free.popleft()
+        try:
+            return work(twin, episode)
+        finally:
+            free.append(twin)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for episode in episodes:
+                if len(running) == threads:
+                    yield running.popleft().result()
+                running.append(pool.submit(on_a_twin, episode))
+            while running:
+                yield running.popleft().result()
+    finally:
+        torch.set_num_threads(before)
 
 
 def _stack(episodes: Sequence[Episode]) -> Episode:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
-from torch.func import grad
 
 from common.episodes import Batch
-from common.learner import Learner
+from common.learner import Learner, gradient_at
 from common.models import HEAD, part_names
 from common.params import Params, detach, select
 from common.plan import AdaptationSpec
@@ -41,7 +40,7 @@ def adapt(
     start = select(params, names)
     phi = start if second_order else detach(start)
     for _ in range(spec.steps):
-        gradient = grad(loss)(phi)
+        gradient = gradient_at(phi, loss, differentiable=second_order)
         if pull:
             gradient |= {name: gradient[name] + pull * (phi[name] - start[name]) for name in phi if not _is_head(name)}
         phi = {name: value - _step_size(name, spec, rates) * gradient[name] for name, value in phi.items()}
