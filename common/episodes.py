@@ -15,7 +15,6 @@ from torch.nn.functional import pad
 from common.learner import Learner, gradient_at
 from common.params import Params
 
-
 Result = TypeVar("Result")
 
 

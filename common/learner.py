@@ -25,6 +25,7 @@ class Learner:
 
     network: Network
     task: Task
+    sparing: bool = False  # of memory, at the cost of time: `common.inner_loop.adapt`
 
     def outputs(self, params: Params, inputs: Tensor) -> Tensor:
         """(n, ...) of inputs (n, C, H, W)."""
@@ -46,17 +47,19 @@ class Learner:
         return (self.task.loss(outputs, batch.targets) * batch.weights).sum() / batch.weights.sum()
 
     def twin(self) -> Learner:
-        """The same for another thread: a functional call puts its parameters into the modules while it runs."""
+        """The same for another thread, since a functional call puts its parameters into the modules while it runs; and
+        sparing, since there are several."""
         shared = {id(parameter): parameter for parameter in self.network.parameters()}
-        return replace(self, network=copy.deepcopy(self.network, shared))
+        return replace(self, network=copy.deepcopy(self.network, shared), sparing=True)
 
 
 def gradient_at(params: Params, loss: Callable[[Params], Tensor], *, differentiable: bool = False) -> Params:
-    """The gradient of a scalar `loss`, zero where it does not depend on a parameter; with `differentiable` a function of
-    `params` whose own gradient can be taken.
+    """The gradient of a scalar `loss`, zero where it does not depend on a parameter; with `differentiable`, and outside
+    of `no_grad`, a function of `params` whose own gradient can be taken.
 
     Plain autograd takes a fifth less time on a CPU than `torch.func.grad`, which is what goes under vmap.
     """
+    differentiable = differentiable and torch.is_grad_enabled()
     if torch._C._are_functorch_transforms_active():
         gradient: Params = grad(loss)(params)
         return gradient

@@ -106,7 +106,8 @@ def test_the_meta_gradient_is_what_differences_measure() -> None:
         def at(move: float, name: str = name, place: tuple[int, ...] = place) -> float:
             moved = params[name].clone()
             moved[place] += move
-            return float(meta_loss(learner, params | {name: moved}, task))
+            with torch.no_grad():
+                return float(meta_loss(learner, params | {name: moved}, task))
 
         measured = (at(1e-6) - at(-1e-6)) / 2e-6
         assert float(got[name][place]) == pytest.approx(measured, rel=1e-4, abs=1e-8)

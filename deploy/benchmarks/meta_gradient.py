@@ -17,15 +17,15 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -101,7 +101,7 @@ class EpisodeQueries:
     learner: Learner
     public: Params
     episode: Episode
-    asked: int = field(default=0)
+    asked: int = 0
 
     def gradient(self, params: Params, fixed: Params | None = None) -> Params:
         batch = self.episode.support if self.asked < SPEC.inner_steps else self.episode.query
@@ -131,18 +131,20 @@ def by_local_updates(work: Work, *, local_update: LocalUpdateFunction, factor: f
 
 
 def maml_loss(work: Work) -> MetaLoss:
+    """The inner loop moves everything."""
     return query_loss_after(SPEC, list(work.theta))
 
 
 def anil_loss(work: Work) -> MetaLoss:
+    """The inner loop moves the head."""
     return query_loss_after(SPEC, work.head)
 
 
 def mean(gradients: Iterable[Params]) -> Params:
-    total: Params = {}
-    count = 0
-    for count, gradient in enumerate(gradients, start=1):
-        total = add(total, gradient) if total else gradient
+    """One after the other: none is kept."""
+    total, count = {}, 0
+    for gradient in gradients:
+        total, count = add(total, gradient) if total else gradient, count + 1
     return scale(total, 1 / count)
 
 
@@ -150,31 +152,38 @@ def mean(gradients: Iterable[Params]) -> Params:
 
 
 def loss_on(network: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+    """As a peer's user writes it."""
     return cross_entropy(network(batch.inputs), batch.targets)
 
 
-def torch_func(work: Work, *, moving: list[str] | None = None, detached: bool = False) -> Params:
-    """The loop over tasks as torch's own documentation of `torch.func` writes it."""
+Taken = Literal["exact", "first order", "move"]
+
+
+def torch_func(work: Work, *, taken: Taken = "exact", moving: Sequence[str] = ()) -> Params:
+    """The loop over tasks as torch's own documentation of `torch.func` writes it; `moving`: all, if none is named."""
 
     def loss(params: Params, batch: Batch) -> Tensor:
         return cross_entropy(functional_call(work.network, params, (batch.inputs,)), batch.targets)
 
     def after(theta: Params, episode: Episode) -> Params:
-        phi = theta if moving is None else {name: theta[name] for name in moving}
+        phi = {name: theta[name] for name in moving or theta}
         for _ in range(SPEC.inner_steps):
             found = grad(lambda own: loss(theta | own, episode.support))(phi)
             phi = {name: value - SPEC.inner_lr * found[name] for name, value in phi.items()}
         return theta | phi
 
     def of_task(episode: Episode) -> Params:
-        if detached:
-            return grad(loss)(after(work.theta, episode), episode.query)
-        return grad(lambda theta: loss(after(theta, episode), episode.query))(work.theta)
+        if taken == "exact":
+            return grad(lambda theta: loss(after(theta, episode), episode.query))(work.theta)
+        phi = after(work.theta, episode)
+        return grad(loss)(phi, episode.query) if taken == "first order" else subtract(phi, work.theta)
 
     return mean(map(of_task, work.episodes))
 
 
 def torch_func_prototypes(work: Work) -> Params:
+    """The same for ProtoNet: there is no inner loop."""
+
     def loss(theta: Params, episode: Episode) -> Tensor:
         body = {name.removeprefix("body."): value for name, value in theta.items() if name.startswith("body.")}
         support, query = (functional_call(work.learner.network.body, body, (batch.inputs,)) for batch in episode)
@@ -182,20 +191,6 @@ def torch_func_prototypes(work: Work) -> Params:
         return cross_entropy(-8.0 * torch.cdist(query, means).square(), episode.query.targets)
 
     return mean(grad(loss)(work.theta, episode) for episode in work.episodes)
-
-
-def torch_func_reptile(work: Work) -> Params:
-    def loss(params: Params, batch: Batch) -> Tensor:
-        return cross_entropy(functional_call(work.network, params, (batch.inputs,)), batch.targets)
-
-    def of_task(episode: Episode) -> Params:
-        phi = work.theta
-        for _ in range(SPEC.inner_steps):
-            found = grad(loss)(phi, episode.support)
-            phi = {name: value - SPEC.inner_lr * found[name] for name, value in phi.items()}
-        return subtract(phi, work.theta)
-
-    return mean(map(of_task, work.episodes))
 
 
 def copy_and_sgd(work: Work, *, asks_query: bool) -> Params:
@@ -242,7 +237,7 @@ def higher(work: Work, *, part: str = "", first_order: bool = False) -> Params:
     network, moved = work.network, work.network.get_submodule(part)
     network.zero_grad()
     optimizer = torch.optim.SGD(moved.parameters(), lr=SPEC.inner_lr)
-    first: list[Params] = []
+    first: list[Params] = []  # gradients at phi, which do not reach the network
     for episode in work.episodes:
         context = library.innerloop_ctx(
             moved, optimizer, copy_initial_weights=first_order, track_higher_grads=not first_order
@@ -270,6 +265,7 @@ def _once_through_the_body(work: Work, episode: Episode, head: Forward | None = 
 
 
 def gradients_of(network: nn.Module) -> Params:
+    """What `backward` left."""
     return {name: value.grad.clone() for name, value in network.named_parameters() if value.grad is not None}
 
 
@@ -303,14 +299,14 @@ ROWS: dict[str, dict[str, Implementation]] = {
     },
     "first-order MAML": {
         OURS: partial(by_local_updates, local_update=fomaml.local_update, factor=-1 / SPEC.inner_lr),
-        _FUNC: partial(torch_func, detached=True),
+        _FUNC: partial(torch_func, taken="first order"),
         _COPY: partial(copy_and_sgd, asks_query=True),
         "higher": partial(higher, first_order=True),
         LIMIT: partial(plain_passes, support=_STEPS, query=1),
     },
     "Reptile": {
         OURS: partial(by_local_updates, local_update=reptile.local_update),
-        _FUNC: torch_func_reptile,
+        _FUNC: partial(torch_func, taken="move"),
         _COPY: partial(copy_and_sgd, asks_query=False),
         LIMIT: partial(plain_passes, support=_STEPS, query=0),
     },
@@ -364,6 +360,7 @@ def check(rows: Iterable[tuple[str, str]], work: Work) -> None:
 
 
 def seconds_of(implementation: Implementation, work: Work) -> float:
+    """Of one meta-iteration."""
     _synchronise(work)
     start = time.perf_counter()
     implementation(work)
@@ -377,11 +374,11 @@ def _synchronise(work: Work) -> None:
 
 
 def peak_of(algorithm: str, name: str, tasks: int, device: str, threads: int) -> int | None:
-    """Bytes that one meta-iteration needs over what one plain pass left behind: this process' peak resident set
-    (Linux), or the device's peak; None where neither is told. For a process of its own."""
+    """Bytes that a meta-iteration needs over what one of a single task left behind: the peak resident set of this
+    process (Linux), or the device's peak; None where neither is told. For a process of its own."""
     torch.set_num_threads(threads)
     work = work_of(tasks, device)
-    plain_passes(Work(work.learner, work.theta, work.episodes[:1]), support=1, query=0)
+    ROWS[algorithm][name](Work(work.learner, work.theta, work.episodes[:1]))
     gc.collect()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -411,7 +408,7 @@ def measured(tasks: int, rounds: int, device: str, peers: Iterable[str]) -> list
         for algorithm, name in rows:
             seconds[algorithm, name].append(seconds_of(ROWS[algorithm][name], work))
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__ if __name__ != "__main__" else "deploy.benchmarks.meta_gradient"])
+    context.set_forkserver_preload(["common.algorithms", "common.models"])  # torch is imported once
     arguments = [(algorithm, name, tasks, device, torch.get_num_threads()) for algorithm, name in rows]
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
         memory = list(pool.map(peak_of, *zip(*arguments, strict=True)))
@@ -450,7 +447,7 @@ _COLUMNS = """
 A meta-iteration is the mean gradient over the tasks (Reptile: what it moves by). The limit is a loop of as many plain
 forward and backward passes over the same images: 5 x 25 and 1 x 75 a task for MAML of both orders, 5 x 25 for Reptile,
 25 and 75 once for ANIL and ProtoNet; a share below 1 is faster. Memory is the peak resident set of a process of its own
-over that after one plain pass.
+over what a meta-iteration of one task left behind.
 """
 
 
