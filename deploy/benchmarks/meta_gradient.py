@@ -41,7 +41,7 @@ from common.command_line import run
 from common.episodes import Batch, Episode, MetaLoss, evenly, meta_gradients, side_by_side
 from common.learner import Learner, gradient_at
 from common.models import HEAD, build_model, parameters
-from common.params import Params, add, norm, scale, subtract
+from common.params import Params, add, norm, scale, select, subtract
 from common.plan import AlgorithmSpec, ModelSpec, TaskSpec
 from common.tasks import TASKS
 
@@ -350,11 +350,10 @@ def rows_of(peers: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def check(rows: Iterable[tuple[str, str]], work: Work) -> None:
     """Raises SystemExit if an implementation's gradient is not Consilium's: its time would be that of other work."""
-    for algorithm, name in rows:
-        ours, theirs = (ROWS[algorithm][it](work) for it in (OURS, name))
-        if name == LIMIT:
-            continue
-        away = max(norm(subtract({key: ours[key]}, {key: theirs[key]})) for key in theirs) / norm(ours)
+    found = {(algorithm, name): ROWS[algorithm][name](work) for algorithm, name in rows}
+    for (algorithm, name), gradient in found.items():
+        ours = found[algorithm, OURS]
+        away = norm(subtract(gradient, select(ours, gradient))) / norm(ours)
         if away > _AGREE:
             raise SystemExit(f"{algorithm}, {name}: the gradient is {away:.1g} of its length away from Consilium's")
 
