@@ -16,6 +16,7 @@ from common.learner import Learner, gradient_at
 from common.params import Params
 
 Result = TypeVar("Result")
+_AT_ONCE = 8  # episodes side by side: the bound of their memory
 
 
 class Batch(NamedTuple):
@@ -53,7 +54,7 @@ def meta_gradients(
     """The gradient of `meta_loss` in `params`, `fixed` held still, for each episode in turn.
 
     `together` episodes at once by vmap, which pays on a GPU, or each by itself, which is as fast on a CPU and in a
-    seventh of the memory; the numbers are the same.
+    seventh of the memory (`side_by_side`); the numbers are the same.
     """
 
     def gradient(twin: Learner, episode: Episode) -> Params:
@@ -72,14 +73,15 @@ def meta_gradients(
 def side_by_side(
     learner: Learner, episodes: Sequence[Episode], work: Callable[[Learner, Episode], Result]
 ) -> Iterator[Result]:
-    """What `work` makes of each episode, in their order. As many at once as torch may use threads, each on one: a small
-    batch leaves a second thread inside an operation little to do."""
-    threads = min(torch.get_num_threads(), len(episodes))
-    if threads <= 1:
+    """What `work` makes of each episode, in their order. On a CPU as many at once as torch may use threads, up to a
+    bound of memory: a small batch leaves a second thread inside an operation little to do."""
+    before, on_cpu = torch.get_num_threads(), all(episode.support.inputs.device.type == "cpu" for episode in episodes)
+    at_once = min(before, len(episodes), _AT_ONCE) if on_cpu else 1
+    if at_once <= 1:
         for episode in episodes:
             yield work(learner, episode)
         return
-    free = deque(learner.twin() for _ in range(threads))
+    free = deque(learner.twin() for _ in range(at_once))
     running: deque[Future[Result]] = deque()
 
     def on_a_twin(episode: Episode) -> Result:
@@ -89,12 +91,11 @@ def side_by_side(
         finally:
             free.append(twin)
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(before // at_once)
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(at_once) as pool:
             for episode in episodes:
-                if len(running) == threads:
+                if len(running) == at_once:
                     yield running.popleft().result()
                 running.append(pool.submit(on_a_twin, episode))
             while running:
