@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call, grad
 
 from common.models import BODY, HEAD, Network
-from common.params import Params, within
+from common.params import Params, within, zeros_like
 from common.tasks import Task
 
 if TYPE_CHECKING:
@@ -65,9 +65,10 @@ def gradient_at(params: Params, loss: Callable[[Params], Tensor], *, differentia
         return gradient
     with torch.enable_grad():
         leaves = {name: _leaf(value, differentiable) for name, value in params.items()}
-        found = torch.autograd.grad(
-            loss(leaves), list(leaves.values()), create_graph=differentiable, materialize_grads=True
-        )
+        value = loss(leaves)
+        if not value.requires_grad:
+            return zeros_like(params)
+        found = torch.autograd.grad(value, list(leaves.values()), create_graph=differentiable, materialize_grads=True)
     return dict(zip(leaves, found, strict=True))
 
 

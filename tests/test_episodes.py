@@ -209,12 +209,12 @@ def test_padding_that_counted_would_be_noticed(monkeypatch: pytest.MonkeyPatch) 
 
 
 @contextmanager
-def two_threads() -> Iterator[None]:
+def allowed_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(count)
     try:
         yield
-        assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(before)
 
@@ -225,29 +225,33 @@ def test_side_by_side_the_numbers_are_the_same(name: str) -> None:
     params |= {RATE + head: torch.full_like(params[head], 0.3) for head in HEAD_ONLY}
     tasks = [episode(*sizes, seed=seed) for seed, sizes in enumerate(RAGGED)]
     one = [meta_gradient(learner, params, task, META_LOSSES[name]) for task in tasks]
-    with two_threads():
+    with allowed_threads(2):
         many = list(meta_gradients(learner, params, {}, tasks, META_LOSSES[name]))
     assert len(one) == len(many)
     assert all(close(a, b, 1e-12) for a, b in zip(many, one, strict=True))
 
 
-def test_side_by_side_each_has_a_thread_and_a_network_of_its_own() -> None:
+@pytest.mark.parametrize(("allowed", "each"), [(2, 1), (4, 2)])
+def test_side_by_side_each_has_threads_and_a_network_of_its_own(
+    allowed: int, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No more run than may: gradients are not heaped up before a query that takes one after the other."""
     learner, _ = conv_learner()
     tasks = [Episode(towards(torch.tensor([n]), rows=1), towards(torch.tensor([n]))) for n in range(6)]
     seen, both = [], Barrier(2, timeout=20)
+    monkeypatch.setattr(common.episodes, "_AT_ONCE", 2)
 
     def work(twin: Learner, task: Episode) -> int:
         both.wait()
         seen.append((torch.get_num_threads(), id(twin.network)))
         return int(task.support.targets)
 
-    with two_threads():
+    with allowed_threads(allowed):
         results = side_by_side(learner, tasks, work)
         assert next(results) == 0
         assert len(seen) <= 2
         assert list(results) == [1, 2, 3, 4, 5]
-    assert {threads for threads, _ in seen} == {1}
+    assert {threads for threads, _ in seen} == {each}
     assert len({network for _, network in seen} | {id(learner.network)}) == 3
 
 
@@ -257,7 +261,7 @@ def test_side_by_side_an_error_is_raised_and_the_threads_are_given_back() -> Non
     def broken(learner: Learner, params: Params, task: Episode) -> Tensor:
         raise RuntimeError("broken")
 
-    with two_threads(), pytest.raises(RuntimeError, match="broken"):
+    with allowed_threads(2), pytest.raises(RuntimeError, match="broken"):
         list(meta_gradients(learner, params, {}, [episode(1, 1, seed=0)] * 3, broken))
 
 

@@ -87,6 +87,7 @@ def test_a_gradient_is_zero_where_nothing_depends_and_asks_for_no_grad_mode(enab
         found = gradient_at(params, lambda at: (at["w"] ** 3).sum())
     assert torch.allclose(found["w"], 3 * W**2)
     assert torch.equal(found["unused"], torch.zeros(3))
+    assert torch.equal(gradient_at({"unused": Y}, lambda at: W.sum())["unused"], torch.zeros(3))
     assert not any(value.requires_grad for value in (*found.values(), *params.values()))
 
 
