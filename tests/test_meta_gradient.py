@@ -47,8 +47,8 @@ def test_peers_that_are_not_there_have_no_row() -> None:
 
 
 def test_the_table_has_medians_and_shares_of_the_limit() -> None:
-    ours = Row("MAML", 4, OURS, [0.5, 9.0, 0.4], 3 * 2**20)
-    limit = Row("MAML", 4, LIMIT, [0.2, 0.25, 7.0], None)
+    ours = Row("MAML", OURS, 4, [0.5, 9.0, 0.4], 3 * 2**20)
+    limit = Row("MAML", LIMIT, 4, [0.2, 0.25, 7.0], None)
     assert list(table([ours, limit]))[2:] == [
         f"| MAML | 4 | {OURS} | 2.00 | 2.00 | 3 |",
         f"| MAML | 4 | {LIMIT} | 4.00 | 1.00 |  |",
@@ -62,9 +62,9 @@ def test_the_mean_over_tasks() -> None:
 @pytest.mark.skipif(not meta_gradient.Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
 def test_memory_is_that_of_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def holds_64_mb(work: Work) -> Params:
-        return {"w": torch.ones(2**24 if len(work.episodes) > 1 else 1)}
+        return {"w": torch.ones(2**24 if len(work.episodes) > 2 else 1)}
 
     monkeypatch.setitem(ROWS["MAML"], OURS, holds_64_mb)
-    peak = meta_gradient.peak_of("MAML", OURS, 2, "cpu", torch.get_num_threads())
+    peak = meta_gradient.peak_of("MAML", OURS, 3, "cpu", torch.get_num_threads())
     assert peak is not None
     assert peak / 2**20 == pytest.approx(64, abs=8)

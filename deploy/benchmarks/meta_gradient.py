@@ -283,9 +283,21 @@ def plain_passes(work: Work, *, support: int, query: int) -> Params:
     return {}
 
 
+def plain_passes_side_by_side(work: Work, *, support: int, query: int) -> Params:
+    """The same, scheduled as Consilium schedules tasks: what of the gain is the schedule's."""
+
+    def of_task(learner: Learner, episode: Episode) -> None:
+        for batch, times in ((episode.support, support), (episode.query, query)):
+            for _ in range(times):
+                torch.autograd.grad(loss_on(learner.network, batch), list(learner.network.parameters()))
+
+    list(side_by_side(work.learner, work.episodes, of_task))
+    return {}
+
+
 # ---- the table ----------------------------------------------------------------------------------------------------
 
-OURS, BATCHED, LIMIT = "Consilium", "Consilium, vmap", "limit"
+OURS, BATCHED, LIMIT, SIDE_BY_SIDE = "Consilium", "Consilium, vmap", "limit", "limit, side by side"
 _STEPS = SPEC.inner_steps
 _FUNC, _COPY = "torch.func loop", "copy + torch.optim.SGD"
 ROWS: dict[str, dict[str, Implementation]] = {
@@ -303,12 +315,14 @@ ROWS: dict[str, dict[str, Implementation]] = {
         _COPY: partial(copy_and_sgd, asks_query=True),
         "higher": partial(higher, first_order=True),
         LIMIT: partial(plain_passes, support=_STEPS, query=1),
+        SIDE_BY_SIDE: partial(plain_passes_side_by_side, support=_STEPS, query=1),
     },
     "Reptile": {
         OURS: partial(by_local_updates, local_update=reptile.local_update),
         _FUNC: partial(torch_func, taken="move"),
         _COPY: partial(copy_and_sgd, asks_query=False),
         LIMIT: partial(plain_passes, support=_STEPS, query=0),
+        SIDE_BY_SIDE: partial(plain_passes_side_by_side, support=_STEPS, query=0),
     },
     "ANIL": {
         OURS: partial(by_meta_gradients, loss_of=anil_loss),
@@ -326,7 +340,6 @@ ROWS: dict[str, dict[str, Implementation]] = {
     },
 }
 
-
 PEERS = ("torchopt", "higher")
 
 
@@ -335,8 +348,8 @@ class Row:
     """One line of the table; seconds of each round, bytes."""
 
     algorithm: str
-    tasks: int
     name: str
+    tasks: int
     seconds: list[float]
     memory: int | None
 
@@ -373,11 +386,11 @@ def _synchronise(work: Work) -> None:
 
 
 def peak_of(algorithm: str, name: str, tasks: int, device: str, threads: int) -> int | None:
-    """Bytes that a meta-iteration needs over what one of a single task left behind: the peak resident set of this
+    """Bytes that a meta-iteration needs over what one of two tasks left behind: the peak resident set of this
     process (Linux), or the device's peak; None where neither is told. For a process of its own."""
     torch.set_num_threads(threads)
     work = work_of(tasks, device)
-    ROWS[algorithm][name](Work(work.learner, work.theta, work.episodes[:1]))
+    ROWS[algorithm][name](Work(work.learner, work.theta, work.episodes[:2]))
     gc.collect()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -398,20 +411,25 @@ def _status(what: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measured(tasks: int, rounds: int, device: str, peers: Iterable[str]) -> list[Row]:
+def measured(
+    rows: list[tuple[str, str]], tasks: int, rounds: int, device: str, peaks: dict[tuple[str, str], int | None]
+) -> list[Row]:
     """All rows, interleaved."""
-    rows, work = list(rows_of(peers)), work_of(tasks, device)
-    check(rows, Work(work.learner, work.theta, work.episodes[:2]))  # warms up, too
+    work = work_of(tasks, device)
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for _ in range(rounds):
         for algorithm, name in rows:
             seconds[algorithm, name].append(seconds_of(ROWS[algorithm][name], work))
+    return [Row(*row, tasks, seconds[row], peaks.get(row)) for row in rows]
+
+
+def peaks_of(rows: list[tuple[str, str]], tasks: int, device: str) -> dict[tuple[str, str], int | None]:
+    """Each in a process of its own."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["common.algorithms", "common.models"])  # torch is imported once
-    arguments = [(algorithm, name, tasks, device, torch.get_num_threads()) for algorithm, name in rows]
+    arguments = [(*row, tasks, device, torch.get_num_threads()) for row in rows]
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-        memory = list(pool.map(peak_of, *zip(*arguments, strict=True)))
-    return [Row(a, tasks, n, seconds[a, n], peak) for (a, n), peak in zip(rows, memory, strict=True)]
+        return dict(zip(rows, pool.map(peak_of, *zip(*arguments, strict=True)), strict=True))
 
 
 def table(rows: list[Row]) -> Iterator[str]:
@@ -437,8 +455,11 @@ def main(
     threads = torch.get_num_threads()
     typer.echo(f"{_machine()}, {threads} threads, torch {torch.__version__}, {device}, median of {rounds}")
     typer.echo(_COLUMNS)
-    rows = [row for count in tasks for row in measured(count, rounds, device, peers)]
-    for line in table(rows):
+    rows, fewest = list(rows_of(peers)), min(tasks)
+    check(rows, work_of(2, device))  # warms up, too
+    peaks = peaks_of(rows, fewest, device)
+    shown = [row for n in tasks for row in measured(rows, n, rounds, device, peaks if n == fewest else {})]
+    for line in table(shown):
         typer.echo(line)
 
 
@@ -446,7 +467,7 @@ _COLUMNS = """
 A meta-iteration is the mean gradient over the tasks (Reptile: what it moves by). The limit is a loop of as many plain
 forward and backward passes over the same images: 5 x 25 and 1 x 75 a task for MAML of both orders, 5 x 25 for Reptile,
 25 and 75 once for ANIL and ProtoNet; a share below 1 is faster. Memory is the peak resident set of a process of its own
-over what a meta-iteration of one task left behind.
+over what a meta-iteration of two tasks left behind; for the fewest tasks, since only vmap's grows with them.
 """
 
 
