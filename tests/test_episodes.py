@@ -3,7 +3,9 @@ executions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Barrier
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import common.episodes
 from common.algorithms.maml import query_loss_after
 from common.algorithms.metasgd import RATE
 from common.algorithms.protonet import prototype_loss
-from common.episodes import Batch, Episode, MetaLoss, evenly, meta_gradients
+from common.episodes import Batch, Episode, MetaLoss, evenly, meta_gradients, side_by_side
 from common.inner_loop import adapt
 from common.learner import Learner
 from common.models import build_model, parameters
@@ -106,7 +108,8 @@ def test_the_meta_gradient_is_what_differences_measure() -> None:
         def at(move: float, name: str = name, place: tuple[int, ...] = place) -> float:
             moved = params[name].clone()
             moved[place] += move
-            return float(meta_loss(learner, params | {name: moved}, task))
+            with torch.no_grad():
+                return float(meta_loss(learner, params | {name: moved}, task))
 
         measured = (at(1e-6) - at(-1e-6)) / 2e-6
         assert float(got[name][place]) == pytest.approx(measured, rel=1e-4, abs=1e-8)
@@ -119,7 +122,8 @@ def test_anil_leaves_the_body_where_it_is_in_the_inner_loop() -> None:
     spec = AdaptationSpec(steps=2, lr=0.2, head_lr=0.4)
     head = adapt(learner, params, task.support, spec, moving=HEAD_ONLY)
     assert all(torch.equal(head[name], value) for name, value in params.items() if name.startswith("body."))
-    got = query_loss_after(SPEC, HEAD_ONLY)(learner, params, task)
+    with torch.no_grad():
+        got = query_loss_after(SPEC, HEAD_ONLY)(learner, params, task)
     assert float(got) == pytest.approx(float(written_out_loss(learner.network, head, task.query)), rel=1e-9)
 
 
@@ -202,6 +206,82 @@ def test_padding_that_counted_would_be_noticed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(common.episodes, "_padded", counts)
     many = list(meta_gradients(learner, params, {}, tasks, prototype_loss, together=2))
     assert not any(close(a, b, 1e-3) for a, b in zip(many[:2], one[:2], strict=True))
+
+
+@contextmanager
+def allowed_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+        assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", META_LOSSES)
+def test_side_by_side_the_numbers_are_the_same(name: str) -> None:
+    learner, params = conv_learner()
+    params |= {RATE + head: torch.full_like(params[head], 0.3) for head in HEAD_ONLY}
+    tasks = [episode(*sizes, seed=seed) for seed, sizes in enumerate(RAGGED)]
+    one = [meta_gradient(learner, params, task, META_LOSSES[name]) for task in tasks]
+    with allowed_threads(2):
+        many = list(meta_gradients(learner, params, {}, tasks, META_LOSSES[name]))
+    assert len(one) == len(many)
+    assert all(close(a, b, 1e-12) for a, b in zip(many, one, strict=True))
+
+
+@pytest.mark.parametrize(("allowed", "each"), [(2, 1), (4, 2)])
+def test_side_by_side_each_has_threads_and_a_network_of_its_own(
+    allowed: int, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more run than may: gradients are not heaped up before a query that takes one after the other."""
+    learner, _ = conv_learner()
+    tasks = [Episode(towards(torch.tensor([n]), rows=1), towards(torch.tensor([n]))) for n in range(6)]
+    seen, both = [], Barrier(2, timeout=20)
+    monkeypatch.setattr(common.episodes, "_AT_ONCE", 2)
+
+    def work(twin: Learner, task: Episode) -> int:
+        both.wait()
+        seen.append((torch.get_num_threads(), id(twin.network)))
+        return int(task.support.targets)
+
+    with allowed_threads(allowed):
+        results = side_by_side(learner, tasks, work)
+        assert next(results) == 0
+        assert len(seen) <= 2
+        assert list(results) == [1, 2, 3, 4, 5]
+    assert {threads for threads, _ in seen} == {each}
+    assert len({network for _, network in seen} | {id(learner.network)}) == 3
+
+
+def test_side_by_side_an_error_is_raised_and_the_threads_are_given_back() -> None:
+    learner, params = conv_learner()
+
+    def broken(learner: Learner, params: Params, task: Episode) -> Tensor:
+        raise RuntimeError("broken")
+
+    with allowed_threads(2), pytest.raises(RuntimeError, match="broken"):
+        list(meta_gradients(learner, params, {}, [episode(1, 1, seed=0)] * 3, broken))
+
+
+@pytest.mark.parametrize(("sparing", "passes"), [(False, 3 + 1), (True, 3 + 1 + 2)])
+def test_a_sparing_learner_takes_all_steps_but_the_last_again(sparing: bool, passes: int) -> None:
+    learner, params = conv_learner()
+    task, meta_loss = episode(6, 5, seed=0), query_loss_after(SPEC.model_copy(update={"inner_steps": 3}), list(params))
+    wanted, asked = meta_gradient(learner, params, task, meta_loss), []
+    learner = learner.twin() if sparing else learner
+    learner.network.body.register_forward_hook(lambda *_: asked.append(1))
+    assert close(meta_gradient(learner, params, task, meta_loss), wanted, 1e-12)
+    assert len(asked) == passes
+
+
+def test_a_sparing_learner_differentiates_in_what_does_not_move_too() -> None:
+    """The whole body is learned by an inner loop over FiLM and head: its steps depend on more than what they move."""
+    learner, params = conv_learner()
+    task, meta_loss = episode(6, 5, seed=0), query_loss_after(SPEC, BODY_AND_HEAD[1:])
+    wanted = maml_by_autograd(learner, params, task, BODY_AND_HEAD[1:])
+    assert close(meta_gradient(learner.twin(), params, task, meta_loss), wanted, 1e-8)
 
 
 def test_no_episode_has_no_gradient() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.func import jacrev
 
 from common.inner_loop import adapt
+from common.learner import gradient_at
 from common.params import select
 from common.plan import AdaptationSpec
 from tests.exact_queries import conv_learner, images, point_learner, towards, written_out_loss
@@ -77,6 +78,23 @@ def test_a_network_moves_as_plain_autograd_says_and_nothing_else_of_it(trainable
             by_hand[name] = by_hand[name] - (0.05 if name.startswith("head.") else 0.2) * gradient
     assert all(torch.allclose(got[name], by_hand[name], atol=1e-10) for name in params)
     assert {name for name in params if not torch.equal(got[name], params[name])} == set(moving)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_gradient_is_zero_where_nothing_depends_and_asks_for_no_grad_mode(enabled: bool) -> None:
+    params = {"w": W, "unused": Y}
+    with torch.set_grad_enabled(enabled):
+        found = gradient_at(params, lambda at: (at["w"] ** 3).sum())
+    assert torch.allclose(found["w"], 3 * W**2)
+    assert torch.equal(found["unused"], torch.zeros(3))
+    assert torch.equal(gradient_at({"unused": Y}, lambda at: W.sum())["unused"], torch.zeros(3))
+    assert not any(value.requires_grad for value in (*found.values(), *params.values()))
+
+
+def test_the_gradient_of_a_gradient() -> None:
+    w = W.clone().requires_grad_()
+    found = gradient_at({"w": w}, lambda at: (at["w"] ** 3).sum(), differentiable=True)
+    assert torch.allclose(torch.autograd.grad(found["w"].sum(), w)[0], 6 * W)
 
 
 def test_the_names_to_move_can_be_given() -> None:
