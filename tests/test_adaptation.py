@@ -395,7 +395,7 @@ def test_predict_answers_a_folder_and_leaves_bad_files_out(adapted: Path, tmp_pa
         assert float(row["confidence"]) == pytest.approx(max(shares), abs=1e-4)
         assert row["status"] in (ANSWERED, UNLIKE)
         assert (row["answer"] != "") == (row["status"] == ANSWERED)
-        assert Image.open(out / row["overlay"]).size == (3 * 192, 192)
+        assert Image.open(out / row["overlay"]).width == 3 * 400 + 16
     with pytest.raises(UsageError, match="is not empty"):
         typed("predict", folder, "--model", adapted, "--out", out)
 
@@ -465,12 +465,16 @@ def test_every_kind_of_task_is_adapted_predicted_and_exported(place: Path, tmp_p
     (tmp_path / "plan.json").write_text(plan.to_json())
     made, out, card = tmp_path / "made", tmp_path / "out", tmp_path / "card"
     typed("adapt", site, "--from", tmp_path / "meta.safetensors", "--labels", "it", "--shots", "2", "--out", made)
-    typed("predict", site, "--model", made, "--out", out)
+    typed("predict", site, "--model", made, "--out", out, "--confidence", "0", "--no-overlays")
     rows = list(csv.DictReader((out / "predictions.csv").open()))
     assert len(rows) == read_facts(made).images
-    assert all((out / row["overlay"]).exists() for row in rows)
+    (tmp_path / "two").mkdir()
+    for number, pixels in enumerate(np.load(site / "data.npz")["images"][:2]):
+        Image.fromarray(pixels).save(tmp_path / "two" / f"{number}.png")
+    typed("predict", tmp_path / "two", "--model", made, "--out", tmp_path / "drawn")
+    assert len(list((tmp_path / "drawn" / "overlays").glob("*.png"))) == 2
     if kind == "segmentation":
-        mask = np.asarray(Image.open(out / rows[0]["mask"]))
+        mask = np.asarray(Image.open(out / next(row["mask"] for row in rows if row["status"] == ANSWERED)))
         assert mask.shape == (16, 16)
         assert set(np.unique(mask)) <= {0, 1}
     if kind in ("anomaly", "autoencoder"):
