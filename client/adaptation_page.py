@@ -14,15 +14,13 @@ from torch import Tensor
 
 from client.adaptation import Adaptation, cooled_out_of_fold
 from client.adapted_model import AdaptedModel, Measured, in_figures, told
-from client.answers import error_maps
 from client.calibration import confidence
 from client.cross_validation import ARMS, META
-from client.explain import grad_cam
+from client.explain import explanation
 from client.spending import day_and_time
 from client.subgroups import rightness
 from common import pictures
 from common.files import write_atomically
-from common.learner import Learner
 from common.metrics import lead_metric, metrics_of
 from common.pages import INK, render, svg
 
@@ -51,21 +49,6 @@ def write_page(path: Path, adaptation: Adaptation) -> None:
         written=day_and_time(time.time()),
     )
     write_atomically(path, page.encode())
-
-
-def explanation(model: AdaptedModel, learner: Learner, inputs: Tensor, answers: Tensor) -> Tensor | None:
-    """(n, H, W) in [0, 1]: what speaks for each answer; None for masks, which show themselves."""
-    kind = model.facts.kind
-    if kind == "segmentation":
-        return None
-    if model.plan.model.name == "autoencoder":
-        errors = error_maps(learner, model.params, inputs)
-        return errors / errors.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-    if kind == "anomaly":
-        healthy = learner.features(model.params, model.support_batch().inputs).mean(dim=0)
-        return grad_cam(learner.network, lambda x: (learner.features(model.params, x) - healthy).norm(dim=1), inputs)
-    chosen = answers.argmax(dim=1, keepdim=True)
-    return grad_cam(learner.network, lambda x: learner.outputs(model.params, x).gather(1, chosen).squeeze(1), inputs)
 
 
 def _examples(adaptation: Adaptation) -> Iterator[tuple[np.ndarray, str]]:

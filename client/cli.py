@@ -12,7 +12,7 @@ import typer
 
 from client import cli_adapt, cli_network, cli_records
 from client.cli_audit import audit
-from client.cli_import import import_
+from client.cli_import import import_, origin
 from client.cli_page import page
 from common.command_line import command_group, run
 from common.disclosure import shown
@@ -29,6 +29,7 @@ cli_adapt.add_commands(app)
 app.command()(audit)
 app.command()(page)
 data.command("import")(import_)
+data.command()(origin)
 
 
 @data.command()

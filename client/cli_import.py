@@ -1,4 +1,4 @@
-"""`consilium-site data import`: from a folder of originals to a site's manifest."""
+"""`consilium-site data import`: from a folder of originals to a site's manifest; and back, `data origin`."""
 
 from __future__ import annotations
 
@@ -53,6 +53,17 @@ def import_(
         return
     typer.echo(f"{shown(done.images)} images of {shown(done.patients)} patients; left out: {len(done.left_out)}")
     typer.echo(f"Next: consilium-site data check {site} --sheet SHEET.png")
+
+
+def origin(
+    image: Annotated[str, typer.Argument(help="A path of the manifest, or one of its lines, as manifest.csv:7.")],
+    site: Annotated[Path, typer.Option("--site", help="The site's folder, with site.yaml.")],
+) -> None:
+    """Say of which original an imported image is. For the hospital's own eyes: its path may name a patient."""
+    from client.data.origins import find_origin
+
+    path, frame = find_origin(site, image)
+    typer.echo(f"{path}  image {frame} of it, from 0")
 
 
 def _window(text: str | None) -> Window | None:

@@ -6,14 +6,17 @@ without noise: they are for use inside the hospital, and the card says so.
     model.safetensors   the network
     model.json          how to ask it
     MODEL_CARD.md       for whom it is, how well it does, and what it must not be used for
-    model.onnx          images to calibrated probabilities, checked against torch; where asked for
+    model.onnx          images to calibrated probabilities, or anomaly scores, checked against torch; where asked for
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +32,27 @@ from common.checkpoint import save_checkpoint
 from common.disclosure import LEAST_COUNT, shown
 from common.errors import Problem, RunError, UsageError
 from common.files import write_atomically
-from common.images import normalise
-from common.learner import Learner
-from common.metrics import lead_metric, metrics_of
+from common.images import normalise, standardise, with_modality
+from common.metrics import HEALTHY_SHARE, lead_metric, metrics_of
 
 WEIGHTS, CONFIG, CARD, ONNX = "model.safetensors", "model.json", "MODEL_CARD.md", "model.onnx"
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-AGREEMENT = 1e-4  # of probabilities, onnxruntime against torch
+AGREEMENT = 1e-4  # of probabilities, and of scores relative to the largest, onnxruntime against torch
+NOTICE = "Not a medical device. Adapted to patients' images without differential privacy: it stays in the hospital."
+
+_CHECKED = (1, 7)  # images at once
 
 
 def export(model: AdaptedModel, out: Path, *, onnx: bool) -> tuple[str, ...]:
     """Write the model's files into `out`, new or empty; returns their names.
 
-    Raises UsageError if `out` is not empty, or ONNX is asked for and its packages or the kind of task are not there;
-    RunError if the ONNX model does not answer as torch does.
+    Raises UsageError if `out` is not empty, or ONNX is asked for and its packages are not there; RunError if the ONNX
+    model does not answer as torch does.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(Problem(str(out), "is not empty", "name another folder, or remove it"))
     if onnx:
-        _require_onnx(model)
+        _require_onnx()
     facts = model.facts
     save_checkpoint(out / WEIGHTS, model.params, {"start": facts.start, "labels": json.dumps(facts.label_names)})
     write_atomically(out / CONFIG, json.dumps(config_of(model), indent=1).encode())
@@ -67,13 +72,22 @@ def config_of(model: AdaptedModel) -> dict[str, Any]:
         "image_size": facts.image_size,
         "channels": facts.channels,
         "modalities": model.plan.task.modalities,
+        "preprocessing": "8 bits; one channel: luminance (ITU-R 601); the whole image, shrunk to the square by Lanczos",
         "input": "(pixels / 255 - 0.5) / 0.25, pixels 0 to 255",
         "network": model.plan.model.model_dump(mode="json", include={"name", "width"}),
         "temperature": facts.temperature,
         "least_confidence": facts.least_confidence,
+        "unusual_above": _unusual_above(facts),
+        "phantom": facts.phantom,
         "model": facts.model,
         "start": facts.start,
     }
+
+
+def _unusual_above(facts: Facts) -> float | None:
+    """The score beyond which `predict` calls an image unusual; None where there are no scores."""
+    ranked = enumerate(facts.healthy_scores, start=1)
+    return next((score for rank, score in ranked if rank / len(facts.healthy_scores) > HEALTHY_SHARE), None)
 
 
 def model_card(facts: Facts, *, onnx: bool = False) -> str:
@@ -98,7 +112,8 @@ def _card(facts: Facts, onnx: bool) -> Iterator[str]:
     yield ""
     yield f"* {facts.kind}: {', '.join(facts.label_names)}"
     yield f"* images of {facts.image_size}x{facts.image_size} pixels, {facts.channels} channel(s), 8 bits"
-    network = "; `model.onnx` takes pixels from 0 to 255 and gives calibrated probabilities" if onnx else ""
+    gives = "scores" if facts.kind == "anomaly" else "calibrated probabilities"
+    network = f"; `model.onnx` takes pixels from 0 to 255 and gives {gives}; it never abstains" if onnx else ""
     yield f"* made {day_and_time(facts.time)} with Consilium {facts.version}{network}"
     yield ""
     yield "## Data"
@@ -181,50 +196,104 @@ def _table(titles: list[str], rows: Iterator[list[str]]) -> Iterator[str]:
 
 
 class Answering(nn.Module):
-    """Images (n, C, S, S) of 0 to 255 to calibrated probabilities, all in one module."""
+    """Images (n, C, S, S) of 0 to 255, and their modalities (n,) where the plan names some, to what `predict` says of
+    them: calibrated probabilities, or how unusual each image is, (n,); all in one module."""
 
-    def __init__(self, model: AdaptedModel, learner: Learner) -> None:
+    def __init__(self, model: AdaptedModel) -> None:
         super().__init__()
-        self.network = learner.network
+        self.network = model.learner.network
         self.network.load_state_dict(model.params)
         self._kind, self._heat = model.facts.kind, model.facts.temperature or 1.0
+        self._redraws = model.plan.model.name == "autoencoder"
+        if self._kind == "anomaly" and not self._redraws:
+            with torch.no_grad():
+                self.register_buffer("healthy", self.network.body(model.support_batch().inputs).mean(dim=0))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return probabilities(self.network(normalise(images)), self._kind, self._heat)
+    def forward(self, images: Tensor, modalities: Tensor | None = None) -> Tensor:
+        inputs = normalise(images) if modalities is None else with_modality(normalise(images), modalities)
+        if self._kind != "anomaly":
+            return probabilities(self.network(inputs), self._kind, self._heat)
+        if self._redraws:
+            unusual: Tensor = (self.network(inputs) - standardise(inputs)).square().mean(dim=(1, 2, 3))
+        else:
+            unusual = (self.network.body(inputs) - self.healthy).norm(dim=1)
+        return unusual
 
 
-def _require_onnx(model: AdaptedModel) -> None:
+def _require_onnx() -> None:
     if missing := [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]:
         remedy = "pip install 'consilium[export]', or leave --onnx out"
         raise UsageError(Problem("--onnx", f"not installed: {', '.join(missing)}", remedy))
-    if model.facts.kind == "anomaly" or model.plan.task.modalities:
-        what = "an anomaly score, or a network that is told the modality, has no ONNX form here"
-        raise UsageError(Problem("--onnx", what, "leave --onnx out: the safetensors hold the network"))
 
 
 def _write_onnx(model: AdaptedModel, path: Path) -> None:
-    """Write `path` and see that onnxruntime answers as torch does, for one image and for several."""
+    """Write `path`, without the paths and lines of code that the exporter notes at every node."""
+    images, modalities = model.support.images, model.support.modalities.long()
+    inputs = {"images": images} | ({"modalities": modalities} if model.plan.task.modalities else {})
+    batch = torch.export.Dim("images")
+    with _quietly():
+        made = torch.onnx.export(
+            Answering(model).eval(),
+            tuple(value[torch.arange(2) % len(value)] for value in inputs.values()),  # one alone would be a constant
+            input_names=list(inputs),
+            output_names=[_output(model)],
+            dynamic_shapes={name: {0: batch} for name in inputs},
+            dynamo=True,
+            verbose=False,
+        )
+    if made is None:
+        raise RunError(str(Problem(str(path), "torch made no ONNX of it", "report it; the safetensors are right")))
+    made.model.metadata_props.update(_metadata(model))
+    for node in made.model.graph.all_nodes():
+        node.metadata_props.clear()
+    made.save(path)
+    check_onnx(model, path, inputs)
+
+
+def _output(model: AdaptedModel) -> str:
+    return "scores" if model.facts.kind == "anomaly" else "probabilities"
+
+
+def _metadata(model: AdaptedModel) -> dict[str, str]:
+    """What the file says of itself."""
+    size, channels = model.facts.image_size, model.facts.channels
+    told = config_of(model) | {
+        "input": f"images: float32 (n, {channels}, {size}, {size}), 0 to 255; modalities: int64 (n,), where there are",
+        "notice": f"{NOTICE} It answers about every image: to abstain is left to who asks it.",
+    }
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in told.items()}
+
+
+def check_onnx(model: AdaptedModel, path: Path, inputs: dict[str, Tensor]) -> None:
+    """See that onnxruntime says of one image and of several what `predict` says; `inputs` by their names in the file.
+
+    Raises RunError, and removes the file, if it does not.
+    """
     import onnxruntime
 
-    asked = Answering(model, model.learner).eval()
-    images = model.support.images
-    batch = torch.export.Dim("images")
-    torch.onnx.export(
-        asked,
-        (images[:2],),
-        str(path),
-        input_names=["images"],
-        output_names=["probabilities"],
-        dynamic_shapes={"images": {0: batch}},
-        dynamo=True,
-        external_data=False,
-    )
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    for some in (images[:1], images):
-        (found,) = session.run(["probabilities"], {"images": some.numpy()})
-        with torch.no_grad():
-            apart = float((torch.from_numpy(found) - asked(some)).abs().max())
+    session, learner = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]), model.learner
+    for count in _CHECKED:
+        some = {name: value[torch.arange(count) % len(value)] for name, value in inputs.items()}
+        (found,) = session.run([_output(model)], {name: value.numpy() for name, value in some.items()})
+        true = model.answers(learner, model.inputs(some["images"], some.get("modalities", torch.zeros(count))))
+        if model.facts.kind != "anomaly":
+            true = probabilities(true, model.facts.kind, model.facts.temperature or 1.0)
+        apart = float((torch.from_numpy(found) - true).abs().max() / true.abs().max().clamp(min=1))
         if not apart <= AGREEMENT:
             path.unlink()
-            what = f"onnxruntime and torch differ by {apart:.2g} in a probability"
+            what = f"onnxruntime and torch differ by {apart:.2g} in an answer"
             raise RunError(str(Problem(str(path), what, "report it; the safetensors are right")))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporter's words about packages that nobody needs here."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

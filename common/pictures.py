@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import base64
 import io
+from functools import cache
 
 import numpy as np
 
 # Okabe-Ito: apart in hue and in lightness by all forms of colour blindness
 COLOURS = {"found and true": (86, 180, 233), "found wrongly": (213, 94, 0), "missed": (240, 228, 66)}
+CONTOURS = ((86, 180, 233), (230, 159, 0), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0))  # of classes
 _OUTLINE = (0, 230, 230)
 _LEAST_SIDE = 192  # pixels
 _FILL = 0.6  # how much of a marked pixel is colour
-_HEAT = 0.85  # the same, where heat is 1
+_HEAT = 0.65  # the same, where heat is 1: what lies below can still be seen
 
 
 def outlined(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
@@ -41,11 +43,40 @@ def agreement(image: np.ndarray, truth: np.ndarray, found: np.ndarray) -> np.nda
 
 def heated(image: np.ndarray, heat: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """The image under a heat map (float (H, W) in [0, 1]), and the contour of `mask` over both."""
+    return outlined(glowing(image, heat), mask)
+
+
+def glowing(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3): the image under a heat map (float (H, W) in [0, 1]), in its own size."""
+    from PIL import Image
+
+    glow = Image.fromarray(np.minimum(heat * 256, 255).astype(np.uint8))
+    glow.putpalette(_inferno())
+    share = Image.fromarray((255 * _HEAT * heat).round().astype(np.uint8))
+    return np.asarray(Image.composite(glow.convert("RGB"), Image.fromarray(_coloured(image)), share))
+
+
+@cache
+def _inferno() -> bytes:
+    """256 colours, RGB; lightness rises evenly, for all forms of colour blindness."""
     from matplotlib import colormaps
 
-    share = _HEAT * heat[..., None]
-    glow = colormaps["inferno"](heat)[..., :3] * 255
-    return outlined(((1 - share) * _coloured(image) + share * glow).round().astype(np.uint8), mask)
+    colours: np.ndarray = (colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    return colours.tobytes()
+
+
+def contoured(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3): the image, in its own size, with contours three pixels wide, each class 1, 2, ... of `mask`
+    (uint8 (H, W)) in its colour of `CONTOURS`."""
+    painted = _coloured(image).copy()
+    for value in np.unique(mask[mask > 0]).tolist():
+        inside = (mask == value).astype(np.uint8)
+        wide = _edges(inside)
+        for _ in range(2):
+            inside = inside * ~wide
+            wide |= _edges(inside)
+        painted[wide] = CONTOURS[(value - 1) % len(CONTOURS)]
+    return painted
 
 
 def png_address(image: np.ndarray) -> str:

@@ -24,29 +24,38 @@ from client.adapted_model import (
     MODEL,
     PAGE,
     SUPPORT,
+    AdaptedModel,
     Facts,
     Measured,
+    Support,
     in_figures,
     load_adapted,
     read_facts,
     told,
 )
+from client.calibration import pooled, probabilities
 from client.cli import app
 from client.cross_validation import ARMS, META, RANDOM, SCRATCH, choose, cross_validate
 from client.data.load import load_site
 from client.data.phantoms import make_phantom_sites
-from client.export import ONNX_PACKAGES, model_card
-from client.predict import ANSWERED, UNLIKE, UNSURE
+from client.export import ONNX, ONNX_PACKAGES, check_onnx, export, model_card
+from client.predict import ANSWERED, UNLIKE, UNSURE, Shown, _say, answer, predict
 from client.question import own_question, read_start
 from client.splits import most_folds, patient_folds
 from client.subgroups import EVERYONE, groups_of, lead_estimate
 from common.checkpoint import save_checkpoint
-from common.errors import CheckpointError, DataError, UsageError
-from common.metrics import anomaly_metrics, classification_metrics, multilabel_metrics, segmentation_metrics
+from common.errors import CheckpointError, DataError, RunError, UsageError
+from common.metrics import (
+    anomaly_metrics,
+    classification_metrics,
+    metrics_of,
+    multilabel_metrics,
+    segmentation_metrics,
+)
 from common.models import BODY, build_model, parameters
 from common.params import digest, to_arrays
 from common.plan import StudyPlan
-from common.starting_point import starting
+from common.starting_point import outputs_of, starting
 from common.trials import interval
 from tests.readable import require_readable
 
@@ -388,14 +397,12 @@ def test_predict_answers_a_folder_and_leaves_bad_files_out(adapted: Path, tmp_pa
         assert float(row["confidence"]) == pytest.approx(max(shares), abs=1e-4)
         assert row["status"] in (ANSWERED, UNLIKE)
         assert (row["answer"] != "") == (row["status"] == ANSWERED)
-        assert Image.open(out / row["overlay"]).size == (3 * 192, 192)
+        assert Image.open(out / row["overlay"]).width == 3 * 400 + 16
     with pytest.raises(UsageError, match="is not empty"):
         typed("predict", folder, "--model", adapted, "--out", out)
 
 
 def test_predict_is_silent_below_its_confidence_and_far_from_what_it_knows(adapted: Path, place: Path) -> None:
-    from client.predict import answer, predict
-
     model = load_adapted(adapted)
     out = place / "unsure"
     done = predict(place / "willow", model, out, modality=None, least=1.01, overlays=False)
@@ -406,8 +413,6 @@ def test_predict_is_silent_below_its_confidence_and_far_from_what_it_knows(adapt
     assert not (out / "overlays").exists()
     rows = list(csv.DictReader((out / "predictions.csv").open()))
     assert {row["answer"] for row in rows} == {""}
-    from client.predict import Shown
-
     support = model.support.images[0].numpy().astype(np.uint8)
     far = replace(model, facts=model.facts.model_copy(update={"usual_distance": 0.0}))
     shown = [Shown("x", support[0], support, 0), Shown("y", 255 - support[0], 255 - support, 0)]
@@ -462,12 +467,16 @@ def test_every_kind_of_task_is_adapted_predicted_and_exported(place: Path, tmp_p
     (tmp_path / "plan.json").write_text(plan.to_json())
     made, out, card = tmp_path / "made", tmp_path / "out", tmp_path / "card"
     typed("adapt", site, "--from", tmp_path / "meta.safetensors", "--labels", "it", "--shots", "2", "--out", made)
-    typed("predict", site, "--model", made, "--out", out)
+    typed("predict", site, "--model", made, "--out", out, "--confidence", "0", "--no-overlays")
     rows = list(csv.DictReader((out / "predictions.csv").open()))
     assert len(rows) == read_facts(made).images
-    assert all((out / row["overlay"]).exists() for row in rows)
+    (tmp_path / "two").mkdir()
+    for number, pixels in enumerate(np.load(site / "data.npz")["images"][:2]):
+        Image.fromarray(pixels).save(tmp_path / "two" / f"{number}.png")
+    typed("predict", tmp_path / "two", "--model", made, "--out", tmp_path / "drawn")
+    assert len(list((tmp_path / "drawn" / "overlays").glob("*.png"))) == 2
     if kind == "segmentation":
-        mask = np.asarray(Image.open(out / rows[0]["mask"]))
+        mask = np.asarray(Image.open(out / next(row["mask"] for row in rows if row["status"] == ANSWERED)))
         assert mask.shape == (16, 16)
         assert set(np.unique(mask)) <= {0, 1}
     if kind in ("anomaly", "autoencoder"):
@@ -516,11 +525,77 @@ def test_onnx_without_its_packages_names_the_extra(
     assert not (tmp_path / "card").exists()
 
 
-def test_onnx_answers_as_torch_does(adapted: Path, tmp_path: Path) -> None:
+MODALITIES = {"modalities": ["XR", "CT"]}
+EXPORTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # task, model; every network and every kind of task
+    "conv4 classification": ({}, {"name": "conv4"}),
+    "resnet multilabel, two modalities": ({"kind": "multilabel"} | MODALITIES, {"name": "resnet"}),
+    "unet segmentation": ({"kind": "segmentation"}, {"name": "unet"}),
+    "conv4 anomaly, two modalities": ({"kind": "anomaly"} | MODALITIES, {"name": "conv4"}),
+    "autoencoder anomaly": ({"kind": "anomaly"}, {"name": "autoencoder", "head": "shared", "trainable": "all"}),
+}
+
+
+def adapted_model(adapted: Path, task: dict[str, Any], model: dict[str, Any]) -> AdaptedModel:
+    """Of any kind, with values drawn at random for every parameter, at 28 pixels: no power of two."""
+    several = {"episodes": 2} if "modalities" in task else {}
+    task = {"kind": "classification", "image_size": 28, "label_sets": {"it": ["normal", "nodule"]}} | task
+    sites = {"alder": {"labels": "it", "patients": 10}}
+    plan = own_question(
+        plan_of(task=task, model=model | {"width": 8}, sites=sites, algorithm=several), "willow", labels="it", own=()
+    )
+    rng = torch.Generator().manual_seed(6)
+    network = build_model(plan.model, plan.task, ways=outputs_of(plan, "willow"))
+    params = {
+        name: value + 0.2 * torch.randn(value.shape, generator=rng) for name, value in parameters(network).items()
+    }
+    images = torch.randint(0, 256, (5, 1, 28, 28), generator=rng).float()
+    support = Support(images, torch.zeros(5), torch.zeros(5, 1), torch.arange(5) % 2)
+    changes = {"kind": plan.task.kind, "image_size": 28, "label_names": ["normal", "nodule"], "temperature": 0.4}
+    unknown = dict.fromkeys(metrics_of(plan.task.kind), Measured(mean=None, low=None, high=None))
+    figures = {"metrics": {META: unknown}, "gains": {RANDOM: unknown}, "healthy_scores": [i / 40 for i in range(40)]}
+    facts = read_facts(adapted).model_copy(update=changes | figures)
+    model = AdaptedModel(facts, plan, params, support)
+    features = pooled(model.learner.features(params, model.support_batch().inputs).detach())
+    return replace(model, support=replace(support, features=features))
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_onnx_says_what_predict_says(adapted: Path, tmp_path: Path, kind: str) -> None:
     for package in ONNX_PACKAGES:
         pytest.importorskip(package, reason=f"{package} of consilium[export] is not installed")
-    typed("export", "--model", adapted, "--out", tmp_path / "card", "--onnx")
-    assert (tmp_path / "card" / "model.onnx").stat().st_size > 1000
+    from onnxruntime import InferenceSession
+
+    model, path = adapted_model(adapted, *EXPORTED[kind]), tmp_path / "card" / ONNX
+    export(model, path.parent, onnx=True)
+    session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    several = bool(model.plan.task.modalities)
+    rng = np.random.default_rng(2)
+    for count in (1, 7):
+        images = rng.integers(0, 256, (count, 1, 28, 28)).astype(np.uint8)
+        which = np.arange(count)[::-1].copy() % 2
+        asked = {"images": images.astype(np.float32)} | ({"modalities": which} if several else {})
+        (found,) = session.run(None, asked)
+        shown = [Shown("", image[0], image, int(at)) for image, at in zip(images, which, strict=True)]
+        raw, _ = answer(model, model.learner, shown)
+        if model.facts.kind != "anomaly":
+            raw = probabilities(raw, model.facts.kind, 0.4)
+        np.testing.assert_allclose(found, raw, rtol=1e-4, atol=1e-5)
+    told = session.get_modelmeta().custom_metadata_map
+    assert (told["task"], json.loads(told["labels"])) == (model.facts.kind, ["normal", "nodule"])
+    assert (told["temperature"], told["phantom"]) == ("0.4", "true")
+    assert "Not a medical device" in told["notice"]
+    assert "Lanczos" in told["preprocessing"]
+    if model.facts.kind == "anomaly":
+        edge = json.loads(told["unusual_above"])
+        said = [_say(model, torch.tensor(edge + more))[0] for more in (-1e-4, 1e-4)]
+        assert said == ["usual", "unusual"]
+    assert str(Path(__file__).parents[1]).encode() not in path.read_bytes()
+
+    bent = replace(model, params={name: -value for name, value in model.params.items()})
+    inputs = {"images": model.support.images} | ({"modalities": model.support.modalities} if several else {})
+    with pytest.raises(RunError, match="onnxruntime and torch differ by"):
+        check_onnx(bent, path, inputs)
+    assert not path.exists()
 
 
 # subgroups

@@ -23,18 +23,18 @@ IMAGE[0, 0, 0, 0], IMAGE[0, 0, 3, 3], IMAGE[0, 1, 2, 1] = 4.0, 2.0, 8.0
 
 
 def test_heat_is_the_weighted_sum_of_the_maps() -> None:
-    """With means of maps under a linear head Grad-CAM is relu(sum_c w_c A_c), over its largest value."""
+    """With means of maps under a linear head Grad-CAM is relu(sum_c w_c A_c), not scaled by the image."""
     network = network_of([[1.0, 0.0], [0.5, 0.25]])
     first = grad_cam(network, lambda x: network(x)[:, 0], IMAGE)[0]
-    assert (first[0, 0], first[3, 3], first[2, 1]) == (1.0, 0.5, 0.0)
+    assert (first[0, 0], first[3, 3], first[2, 1]) == (4.0, 2.0, 0.0)
     second = grad_cam(network, lambda x: network(x)[:, 1], IMAGE)[0]
-    assert (second[0, 0], second[3, 3], second[2, 1]) == (1.0, 0.5, 1.0)
+    assert (second[0, 0], second[3, 3], second[2, 1]) == (2.0, 1.0, 2.0)
 
 
 def test_what_speaks_against_an_answer_is_dark() -> None:
     network = network_of([[-1.0, 1.0]])
     heat = grad_cam(network, lambda x: network(x)[:, 0], IMAGE)[0]
-    assert (heat[0, 0], heat[2, 1]) == (0.0, 1.0)
+    assert (heat[0, 0], heat[2, 1]) == (0.0, 8.0)
     assert not grad_cam(network, lambda x: -network(x)[:, 0], torch.zeros(1, 2, 4, 4)).any()
 
 
@@ -57,7 +57,7 @@ def test_networks_of_the_plan_are_explained_and_left_as_they_were(name: str) -> 
     heat = grad_cam(network, lambda x: network(x)[:, 1], inputs)
     assert heat.shape == (3, 32, 32)
     assert heat.min() >= 0
-    assert heat.max() == pytest.approx(1.0)
+    assert heat.max() > 0
     assert torch.equal(network(inputs), before)
     assert all(parameter.grad is None for parameter in network.parameters())
 

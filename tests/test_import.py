@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from client.cli import app
 from client.data.convert import Job, convert_all
 from client.data.imports import Choice, Imported, import_images
+from client.data.origins import SEALED, find_origin
 from client.data.pseudonyms import KEY_FILE, Pseudonyms
 from client.data.readers import UnreadableImageError, read_image
 from client.data.slices import SliceRule, parse_rule
@@ -117,6 +118,67 @@ def test_a_planted_name_would_be_seen(source: Path, site: Path) -> None:
     take(source, site)
     (site / "manifest.csv").write_text((site / "manifest.csv").read_text() + "images/Quirke.png,,x,,,,,,,\n")
     assert any(b"Quirke" in path.read_bytes() for path in site.rglob("*") if path.is_file())
+
+
+def test_an_image_leads_back_to_its_original_with_the_key_alone(source: Path, site: Path, tmp_path: Path) -> None:
+    mask = np.zeros((20, 30), dtype=np.uint8)
+    dicom(source / "Quirke" / "film", np.stack([RAMP, RAMP + 300]))
+    for name, pixels in (("b.png", RAMP.astype(np.uint8)), ("b_mask.png", mask)):
+        Image.fromarray(pixels).save(source / name)
+    take(source, site, "file,patient,label,mask\nQuirke/film,,x,\nb.png,P2,x,b_mask.png\n")
+    lines = rows(site)
+    for number, row in enumerate(lines, start=2):
+        for asked in (row["path"], f"{site}/manifest.csv:{number}", str(number), str(site / row["path"])):
+            path, frame = find_origin(site, asked)
+            assert f"-{frame:04d}.png" in row["path"]
+            assert path in (source / "Quirke" / "film", source / "b.png")
+        if row["mask"]:
+            assert (path, find_origin(site, row["mask"])[0]) == (source / "b.png", source / "b_mask.png")
+    printed = CliRunner().invoke(app, ["data", "origin", lines[0]["path"], "--site", str(site)])
+    assert str(find_origin(site, lines[0]["path"])[0]) in printed.output
+    sealed = site / "state" / SEALED
+    assert b"Quirke" not in sealed.read_bytes()
+    for asked in ("own.png", "images/ab/cd-0000.png"):
+        with pytest.raises(DataError, match="import again"):
+            find_origin(site, asked)
+    with pytest.raises(DataError, match="no such line"):
+        find_origin(site, "manifest.csv:99")
+    (site / "state" / KEY_FILE).write_bytes(bytes(32))
+    with pytest.raises(DataError, match="sealed under another key"):
+        find_origin(site, lines[0]["path"])
+
+
+def test_the_pages_of_a_tiff_are_slices_by_rule(source: Path, site: Path) -> None:
+    pages = [Image.fromarray(RAMP + 1000 * page) for page in range(4)]
+    pages[0].save(source / "stack.tif", save_all=True, append_images=pages[1:])
+    marks = [Image.fromarray(np.full((20, 30), page % 2, dtype=np.uint8)) for page in range(4)]
+    marks[0].save(source / "marks.tif", save_all=True, append_images=marks[1:])
+    table = "file,patient,mask\nstack.tif,P1,marks.tif\n"
+    assert take(source, site, table, rule=parse_rule("mask")).images == 2
+    top = 3000 + int(RAMP.max())
+    for row in rows(site):
+        page = int(row["path"][-8:-4])
+        assert page in (1, 3)
+        expected = np.rint((RAMP + 1000.0 * page) * (255 / top)).astype(np.uint8)
+        np.testing.assert_array_equal(read_image(site / row["path"]), expected)  # one window for all pages
+        assert read_image(site / row["mask"]).max() == 1
+    pages[0].resize((9, 9)).save(source / "pyramid.tif", save_all=True, append_images=pages[1:2])
+    (done,) = take(source, site, table + "pyramid.tif,P1,\n", rule=parse_rule("mask")).left_out
+    assert done.what.startswith("the table has no label")
+    done = take(source, site, "file,patient,label\nstack.tif,P1,x\npyramid.tif,P1,x\n")
+    assert done.images == 4
+    assert [p.what for p in done.left_out if "pyramid" in p.where] == [
+        "its 2 pages are of different sizes or kinds, no slices of one stack; save the one that is meant alone"
+    ]
+
+
+def test_a_nifti_of_several_volumes_is_not_one_of_them(source: Path, site: Path) -> None:
+    for name, shape in (("series.nii", (8, 8, 3, 5)), ("one.nii", (8, 8, 3, 1))):
+        nibabel.save(nibabel.Nifti1Image(np.ones(shape, dtype=np.int16), np.eye(4)), source / name)
+    done = take(source, site, "file,patient,label\nseries.nii,P1,x\none.nii,P1,x\n")
+    assert done.images == 3
+    (problem,) = (problem for problem in done.left_out if "series.nii" in problem.where)
+    assert problem.what.startswith("the file holds 5 volumes, in time or of several contrasts; write the one")
 
 
 def test_the_key_is_the_owners_alone_and_pseudonyms_are_keyed(source: Path, site: Path, tmp_path: Path) -> None:

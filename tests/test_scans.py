@@ -183,7 +183,7 @@ def test_films_are_turned_by_their_words_and_mammograms_are_not(tmp_path: Path) 
     for modality, expected in (("DX", RAMP[:, ::-1]), ("MG", RAMP)):
         path = dicom(tmp_path / modality, RAMP, Modality=modality, PatientOrientation=["R", "F"])
         np.testing.assert_array_equal(next(dicom_files.read_values(path, [0])), expected)
-    assert usual_view(RAMP, "") is RAMP
+    np.testing.assert_array_equal(usual_view(RAMP, ""), RAMP)
 
 
 def test_a_volume_is_the_same_slices_in_either_format(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_ages_are_years_and_none_is_above_ninety(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_real_dicom_files_hold_what_gdcm_reads(name: str) -> None:
     other = by_gdcm(FORMATS / name)
-    cosines = dicom_files._directions(dicom_files._of_frame(dicom_files._read(FORMATS / name, masks=True), 0))
+    cosines = dicom_files.view_of(dicom_files.read_dataset(FORMATS / name, masks=True), 0)
     (read,) = dicom_files.read_values(FORMATS / name, [0])
     np.testing.assert_array_equal(read, usual_view(other[0], cosines))
 
@@ -371,11 +371,10 @@ def by_hand(path: Path) -> np.ndarray:
 @pytest.mark.realdata
 @pytest.mark.parametrize(
     "name", ["hippocampus_001_image.nii.gz", "hippocampus_003_image.nii.gz", "someones_anatomy.nii.gz",
-             "example4d.nii.gz", "anatomical.nii"]
+             "anatomical.nii"]
 )  # fmt: skip
 def test_real_nifti_files_hold_what_their_bytes_say(name: str) -> None:
     values = by_hand(FORMATS / name)
-    values = values[..., 0] if values.ndim == 4 else values
     header = nifti.read_header(FORMATS / name)
     read = nifti._slices(nifti._load(FORMATS / name), header.axis)
     diagonal = np.diag(header.affine)[:3]

@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from client.data.pixels import Window
-from client.data.readers import Kind, UnreadableImageError, kind_of, read_image, read_mask
+from client.data.readers import Kind, UnreadableImageError, kind_of, read_masks
 from client.data.slices import SliceRule
+from client.data.stacks import is_segmentation, read_stack
 from common.files import write_atomically
 from common.processes import process_pool
 
@@ -50,7 +51,7 @@ def convert(job: Job) -> tuple[int, ...]:
     if job.rule.margin is not None and job.sliced:
         frames = job.rule.marked(masks) if masks is not None else ()
     missing = [frame for frame in frames if not _there(job, frame)]
-    for frame, pixels in zip(missing, _frames(job, missing), strict=True):
+    for frame, pixels in zip(missing, read_stack(job.path, job.kind, missing, job.window), strict=True):
         if masks is not None and job.mask is not None:
             _same_size(masks[frame], pixels)
             _write(image_file(job.mask, frame), masks[frame])
@@ -117,22 +118,6 @@ def _pool(processes: int) -> ProcessPoolExecutor:
     return process_pool(processes, preload=__name__)
 
 
-def _frames(job: Job, frames: Sequence[int]) -> Iterator[np.ndarray]:
-    if not frames:
-        return
-    if job.kind == "dicom":
-        from client.data import dicom
-
-        yield from dicom.read_frames(job.path, frames, job.window)
-    elif job.kind == "nifti":
-        from client.data import nifti
-
-        slices = nifti.read_slices(job.path, nifti.read_header(job.path), job.window)
-        yield from (slices[frame] for frame in frames)
-    else:
-        yield read_image(job.path)
-
-
 def _masks(job: Job) -> Sequence[np.ndarray]:
     """uint8 (H, W) for every frame of the stack."""
     path = job.mask_source or job.path
@@ -151,11 +136,15 @@ def _mask_slices(path: Path, job: Job) -> Sequence[np.ndarray]:
         from client.data import nifti
 
         return list(nifti.read_mask(path, nifti.read_header(job.path if job.kind == "nifti" else path)))
+    if job.kind == "dicom" and is_segmentation(path):
+        from client.data import segmentation
+
+        return segmentation.read_masks(path, job.path)
     if kind == "dicom":
         from client.data import dicom
 
         return [_small(values) for values in dicom.read_values(path, range(dicom.count_frames(path)))]
-    return [read_mask(path)]
+    return read_masks(path)
 
 
 def _small(values: np.ndarray) -> np.ndarray:

@@ -60,7 +60,7 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Raises UnreadableImageError if the file is damaged or holds no picture."""
-    dataset = _read(path)
+    dataset = read_dataset(path)
     try:
         return _header(dataset)
     except Exception:  # values that their types do not allow
@@ -74,7 +74,7 @@ def _header(dataset: Dataset) -> Header:
         study=_text(dataset, "StudyInstanceUID"),
         series=_text(dataset, "SeriesInstanceUID"),
         image=_text(dataset, "SOPInstanceUID"),
-        frames=_frames(dataset),
+        frames=frames_of(dataset),
         place=_place(first),
         details=_details(dataset),
         spacing=_spacing(first),
@@ -87,7 +87,7 @@ def read_frames(path: Path, frames: Sequence[int], window: Window | None = None)
 
     Raises UnreadableImageError.
     """
-    dataset = _read(path)
+    dataset = read_dataset(path)
     for frame, stored in zip(frames, _decoded(path, frames), strict=True):
         try:
             facts = _of_frame(dataset, frame)
@@ -104,17 +104,27 @@ def read_values(path: Path, frames: Sequence[int]) -> Iterator[np.ndarray]:
 
     Raises UnreadableImageError.
     """
-    dataset = _read(path, masks=True)
+    dataset = read_dataset(path, masks=True)
     for frame, stored in zip(frames, _decoded(path, frames), strict=True):
-        yield usual_view(stored, _directions(_of_frame(dataset, frame)))
+        yield usual_view(stored, view_of(dataset, frame))
 
 
 def count_frames(path: Path) -> int:
     """Of any file with pixels, also a mask. Raises UnreadableImageError."""
     try:
-        return _frames(_read(path, masks=True))
+        return frames_of(read_dataset(path, masks=True))
     except (TypeError, ValueError):
         raise UnreadableImageError("the DICOM file is damaged") from None
+
+
+def view_of(dataset: Dataset, frame: int) -> str:
+    """Where columns and rows of a frame lead, for `pixels.usual_view`."""
+    return _directions(_of_frame(dataset, frame))
+
+
+def cosines_of(dataset: Dataset) -> np.ndarray | None:
+    """(6,) Directions of the first frame's rows and columns; None if they are not known."""
+    return _cosines(_of_frame(dataset, 0))
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -123,8 +133,8 @@ def read_image(path: Path) -> np.ndarray:
     return next(read_frames(path, [0]))
 
 
-def _read(path: Path, *, masks: bool = False) -> Dataset:
-    """The header. Raises UnreadableImageError."""
+def read_dataset(path: Path, *, masks: bool = False) -> Dataset:
+    """The header; of a segmentation object only with `masks`. Raises UnreadableImageError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they quote what no terminal should show
@@ -232,7 +242,8 @@ def _of_frame(dataset: Dataset, frame: int) -> Dataset:
     return facts
 
 
-def _frames(dataset: Dataset) -> int:
+def frames_of(dataset: Dataset) -> int:
+    """How many images it holds."""
     return max(1, int(dataset.get("NumberOfFrames") or 1))
 
 

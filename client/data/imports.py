@@ -16,11 +16,13 @@ from pathlib import Path
 
 from client.data.convert import Job, convert_all, image_file
 from client.data.labels import Cells, Labels
+from client.data.origins import keep_origins
 from client.data.pixels import Window
 from client.data.pseudonyms import Pseudonyms
 from client.data.readers import Kind, UnreadableImageError, kind_of, require_extra
 from client.data.rows import DETAILS, Details
 from client.data.slices import EVERY_SLICE, SliceRule
+from client.data.stacks import count_images, is_segmentation
 from client.site import SITE_FILE, load_site_config
 from common.errors import DataError, Problem, UsageError
 from common.files import write_atomically
@@ -97,7 +99,7 @@ def import_images(
     state = site / config.state
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with only_instance(state, _LOCK):
-        return _import(source.resolve(), site, site / config.manifest, table, Pseudonyms.of(state), choice,
+        return _import(source.resolve(), site, site / config.manifest, state, table, Pseudonyms.of(state), choice,
                        processes or min(8, os.cpu_count() or 1), tell)  # fmt: skip
 
 
@@ -105,6 +107,7 @@ def _import(
     source: Path,
     site: Path,
     manifest: Path,
+    state: Path,
     table: Labels,
     names: Pseudonyms,
     choice: Choice,
@@ -113,21 +116,25 @@ def _import(
 ) -> Imported:
     left_out: list[Problem] = []
     folder = names.name("source", str(source))[:8]
-    found = _once_each(_survey(source, site, table, names, choice, left_out, tell), left_out)
-    scans = list(_chosen(found, choice.rule))
+    objects: list[Path] = []
+    found = _once_each(_survey(source, site, table, names, choice, left_out, objects, tell), left_out)
+    known = _labelled(_with_masks(source, found, objects, left_out), table, left_out)
+    scans = list(_chosen(known, choice.rule))
     jobs = (_job(source, site / "images" / folder, site / "masks" / folder, scan, frames, names, choice)
             for scan, frames in scans)  # fmt: skip
     by_path = {scan.path: scan for scan, _ in scans}
-    rows: list[Cells] = []
+    rows, origins = list[Cells](), dict[str, Path]()
     for done, (job, outcome) in enumerate(convert_all(jobs, processes), start=1):
         tell("images", done, len(scans))
         if isinstance(outcome, UnreadableImageError):
             left_out.append(Problem(str(job.path), str(outcome), _MEND))
         else:
+            origins |= {stem.name: file.relative_to(source) for stem, file in _files_of(job)}
             rows += (_row(job, frame, by_path[job.path], site, names, choice) for frame in outcome)
     left_out += table.unused()
     if not rows:
         raise DataError([*left_out, Problem(str(source), "no image was found in it that can be used", "")])
+    keep_origins(state, names, folder, source, origins)
     rows.sort(key=lambda cells: (cells["patient"], cells["path"]))  # nothing of the originals' order is left
     _write_manifest(manifest, [*_other_rows(manifest, f"images/{folder}/"), *rows])
     _remove_stale(site, folder, rows)
@@ -141,9 +148,10 @@ def _survey(
     names: Pseudonyms,
     choice: Choice,
     left_out: list[Problem],
+    objects: list[Path],
     tell: Told,
 ) -> Iterator[_Scan]:
-    """Every file with an image whose patient and, if there is a table, label is known; others are `left_out`."""
+    """Every file with an image whose patient is known; segmentation objects go to `objects`, others are `left_out`."""
     no_images = table.masks()
     for done, path in enumerate(_files(source, site, left_out), start=1):
         tell("headers", done, None)
@@ -153,11 +161,47 @@ def _survey(
         try:
             scan = _scan(path, file, table, names, choice)
         except UnreadableImageError as error:
-            left_out.append(Problem(str(path), str(error), _MEND))
+            if is_segmentation(path):
+                objects.append(path)
+            else:
+                left_out.append(Problem(str(path), str(error), _MEND))
         except _Objection as objection:
             left_out.append(Problem(str(path), *objection.args))
         else:
             yield scan
+
+
+def _with_masks(source: Path, scans: list[_Scan], objects: list[Path], left_out: list[Problem]) -> Iterator[_Scan]:
+    """The scans, those without a mask of the table with the object that names them; unless two do."""
+    of = defaultdict[str, list[Path]](list)
+    for path in objects:
+        from client.data import segmentation
+
+        for image in segmentation.marked_images(path):
+            of[image].append(path)
+    images = {scan.image for scan in scans}
+    for path in objects:
+        if not any(path in of[image] for image in images & of.keys()):
+            left_out.append(Problem(str(path), "no image that it is of is here", "import it together with its images"))
+    for scan in scans:
+        masks = of.get(scan.image, []) if scan.kind == "dicom" and "mask" not in scan.told else []
+        if len(masks) > 1:
+            what = f"{len(masks)} segmentation objects are of it"
+            left_out.append(Problem(str(scan.path), what, "name the right one in the table's column 'mask'"))
+        elif masks:
+            yield replace(scan, told=scan.told | {"mask": masks[0].relative_to(source).as_posix()})
+        else:
+            yield scan
+
+
+def _labelled(scans: Iterator[_Scan], table: Labels, left_out: list[Problem]) -> Iterator[_Scan]:
+    """Those that can be learned from; all, where no table was given."""
+    for scan in scans:
+        if table.path is None or scan.told.get("label") or scan.told.get("mask"):
+            yield scan
+        else:
+            remedy = "add a line for its file, series, study or patient"
+            left_out.append(Problem(str(scan.path), "the table has no label for it", remedy))
 
 
 class _Objection(Exception):
@@ -177,8 +221,6 @@ def _scan(path: Path, file: str, table: Labels, names: Pseudonyms, choice: Choic
     if not patient:
         raise _Objection("whose image it is is not known", "name its patient in the table (--labels), beside its file")
     told |= {k: v for k, v in table.of({"patient": patient}).items() if k not in told}
-    if table.path is not None and not told.get("label") and not told.get("mask"):
-        raise _Objection("the table has no label for it", "add a line for its file, series, study or patient")
     return replace(scan, told=told, patient=names.patient(patient))
 
 
@@ -200,7 +242,8 @@ def _facts(path: Path, file: str, kind: Kind, choice: Choice) -> tuple[_Scan, Ce
             "",
         )
     if kind == "picture":
-        return plain, {"file": file}, ""
+        pages = count_images(path, kind)
+        return replace(plain, frames=pages, sliced=pages > 1), {"file": file}, ""
     from client.data import dicom
 
     header = dicom.read_header(path)
@@ -258,6 +301,13 @@ def _job(
         return job
     mask = source / scan.told["mask"]
     return replace(job, mask=masks / names.name("mask", image, str(mask), _version(mask)), mask_source=mask)
+
+
+def _files_of(job: Job) -> Iterator[tuple[Path, Path]]:
+    """What is written, and the originals that it is of."""
+    yield job.image, job.path
+    if job.mask is not None and job.mask_source is not None:
+        yield job.mask, job.mask_source
 
 
 def _version(path: Path) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from nibabel import Nifti1Image, Nifti2Image
-from nibabel.orientations import apply_orientation, io_orientation
+from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
 from client.data.pixels import Window, one_image_at_most, refuse_huge, robust_window, windowed
 from client.data.readers import NIFTI_2, UnreadableImageError
@@ -49,7 +50,7 @@ def read_header(path: Path) -> Header:
 
 def read_slices(path: Path, header: Header, window: Window | None = None) -> np.ndarray:
     """uint8 (n, H, W): 8-bit values as they are, others by one window for the whole volume, its own unless one is
-    given; of a series in time the first volume.
+    given.
 
     Raises UnreadableImageError.
     """
@@ -72,6 +73,23 @@ def read_mask(path: Path, header: Header) -> np.ndarray:
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 255 or (values % 1).any():
         raise UnreadableImageError("the mask holds values that are no whole numbers from 0 to 255")
     return values.astype(np.uint8)
+
+
+def write_mask(path: Path, source: Path, slices: np.ndarray) -> None:
+    """Write a mask uint8 (n, H, W), as `read_slices` cuts the volume `source`, in that volume's own shape and place.
+
+    Nothing else of its header is taken over: texts in it may name a patient.
+    """
+    image, header = _load(source), read_header(source)
+    turned = np.moveaxis(slices.transpose(0, 2, 1)[:, ::-1, ::-1], 0, header.axis)
+    back = ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), io_orientation(image.affine))
+    mask = type(image)(apply_orientation(turned, back).reshape(image.shape).astype(np.uint8), image.affine)
+    for name in ("sform", "qform"):
+        affine, code = getattr(image, f"get_{name}")(coded=True)
+        if affine is not None:
+            getattr(mask, f"set_{name}")(affine, int(code))
+    mask.header["xyzt_units"] = image.header["xyzt_units"]
+    mask.to_filename(path)
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -99,6 +117,14 @@ def _slices(image: Any, axis: int) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(turned, axis, 0)[:, ::-1, ::-1].transpose(0, 2, 1))
 
 
+def _one_volume(image: Any) -> None:
+    """Raise UnreadableImageError for a series in time or of contrasts: which one is meant, the file does not say."""
+    volumes = math.prod(int(size) for size in image.shape[3:])
+    if volumes != 1:
+        what = f"the file holds {volumes} volumes, in time or of several contrasts"
+        raise UnreadableImageError(f"{what}; write the one that is meant as a file of its own (nibabel.four_to_three)")
+
+
 def _canonical_shape(image: Any) -> tuple[np.ndarray, np.ndarray]:
     """Sizes and mm of the axes to right, front and head."""
     shape, steps = (*image.shape[:3], 1, 1)[:3], np.ones(3)
@@ -120,8 +146,10 @@ def _load(path: Path) -> Any:
         stream = gzip.open(path) if packed else path.open("rb")  # noqa: SIM115 - the image reads from it later
         version = int.from_bytes(stream.read(4), "little")
         stream.seek(0)
-        return (Nifti2Image if version in NIFTI_2 else Nifti1Image).from_stream(stream)
+        image = (Nifti2Image if version in NIFTI_2 else Nifti1Image).from_stream(stream)
     except FileNotFoundError:
         raise UnreadableImageError("there is no such file") from None
     except Exception:
         raise UnreadableImageError("the NIfTI file is damaged") from None
+    _one_volume(image)
+    return image

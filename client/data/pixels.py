@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from client.data.readers import UnreadableImageError
+from client.data.readers import MOST_PIXELS, UnreadableImageError
 
-_MOST_PIXELS = 2**27  # of one image or volume: a damaged or hostile header fills no memory
 _TAILS = (0.5, 99.5)  # percent: what a window without a scanner's own leaves to black and white
 _AXES = {"L": "x", "R": "x", "P": "y", "A": "y", "H": "z", "F": "z"}
 _USUAL = {"x": "L", "y": "P", "z": "F"}  # patient's left on the right; back, or feet, below
@@ -61,19 +60,29 @@ def usual_view(pixels: np.ndarray, directions: str) -> np.ndarray:
 
     `directions`: where columns and rows lead now, of L R A P H F; anything else leaves the pixels as they are.
     """
+    across, down, turned = _turns(directions)
+    flipped = pixels[:: -1 if down else 1, :: -1 if across else 1]
+    return np.ascontiguousarray(flipped.swapaxes(0, 1) if turned else flipped)
+
+
+def stored_view(pixels: np.ndarray, directions: str) -> np.ndarray:
+    """The inverse of `usual_view`."""
+    across, down, turned = _turns(directions)
+    back = pixels.swapaxes(0, 1) if turned else pixels
+    return np.ascontiguousarray(back[:: -1 if down else 1, :: -1 if across else 1])
+
+
+def _turns(directions: str) -> tuple[bool, bool, bool]:
+    """Whether the usual view mirrors columns and rows, and then swaps them."""
     axes = [_AXES.get(direction, "") for direction in directions]
     if len(axes) != 2 or "" in axes or axes[0] == axes[1]:
-        return pixels
-    if directions[0] != _USUAL[axes[0]]:
-        pixels = pixels[:, ::-1]
-    if directions[1] != _USUAL[axes[1]]:
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels.swapaxes(0, 1) if axes[0] > axes[1] else pixels)
+        return False, False, False
+    return directions[0] != _USUAL[axes[0]], directions[1] != _USUAL[axes[1]], axes[0] > axes[1]
 
 
 def refuse_huge(*sizes: int) -> None:
     """Raise UnreadableImageError if an image of these sizes is empty, or has more pixels than any scanner makes."""
-    if not 0 < math.prod(sizes) <= _MOST_PIXELS or min(sizes) < 1:
+    if not 0 < math.prod(sizes) <= MOST_PIXELS or min(sizes) < 1:
         raise UnreadableImageError(f"the file says that it is {'x'.join(map(str, sizes))} pixels large")
 
 

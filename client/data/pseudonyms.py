@@ -6,10 +6,13 @@ would bear two budgets. Without it nobody can tell whether a name that they gues
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import secrets
 from pathlib import Path
+
+from cryptography.fernet import Fernet, InvalidToken
 
 from common.files import give_to_owner_of
 from common.keys import read_private, write_private
@@ -42,6 +45,20 @@ class Pseudonyms:
         """Of anything; the parts cannot run into each other."""
         digest = hmac.digest(self._key, "\0".join(what).encode(errors="surrogateescape"), hashlib.sha256)
         return digest.hex()[:_DIGITS]
+
+    def sealed(self, content: bytes) -> bytes:
+        """So that only who has the key can read it."""
+        return self._seal().encrypt(content)
+
+    def opened(self, sealed: bytes) -> bytes:
+        """The inverse. Raises ValueError if it was sealed under another key, or changed."""
+        try:
+            return self._seal().decrypt(sealed)
+        except InvalidToken:
+            raise ValueError("sealed under another key, or changed") from None
+
+    def _seal(self) -> Fernet:
+        return Fernet(base64.urlsafe_b64encode(hmac.digest(self._key, b"seal", hashlib.sha256)))
 
     def share(self, patient: str) -> float:
         """A number from 0 to 1 that is drawn once for each patient: which split it belongs to."""

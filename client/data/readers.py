@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 
 Kind = Literal["picture", "dicom", "nifti", "other"]
 
@@ -24,6 +26,7 @@ _FORMATS = ("PNG", "JPEG", "TIFF")
 _PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BARE_DICOM = (b"\x02\0\0\0", b"\x08\0\0\0", b"\x08\0\x05\0", b"\x08\0\x08\0", b"\x08\0\x16\0")  # no preamble
 _LUMINANCE = "L"
+MOST_PIXELS = 2**27  # of one image or stack: a damaged or hostile header fills no memory
 
 
 class UnreadableImageError(ValueError):
@@ -52,9 +55,9 @@ def kind_of(path: Path) -> Kind:
     return "dicom" if head.startswith(_BARE_DICOM) else "other"
 
 
-def require_extra() -> None:
-    """Raise UnreadableImageError where the readers of DICOM and NIfTI are not installed."""
-    if not all(importlib.util.find_spec(name) for name in ("pydicom", "gdcm", "nibabel")):
+def require_extra(*names: str) -> None:
+    """Raise UnreadableImageError where the readers of DICOM and NIfTI, or the packages `names`, are not installed."""
+    if not all(importlib.util.find_spec(name) for name in names or ("pydicom", "gdcm", "nibabel")):
         raise UnreadableImageError(EXTRA)
 
 
@@ -77,9 +80,34 @@ def read_image(path: Path) -> np.ndarray:
     return _read_picture(path)
 
 
+def count_pages(path: Path) -> int:
+    """Of a picture: more than one in a TIFF alone. Raises UnreadableImageError."""
+    with _opened(path) as image:
+        return getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+
+
+def read_pages(path: Path) -> list[np.ndarray]:
+    """Every page of a TIFF, as `read_image`; those deeper than 8 bits windowed from the darkest to the brightest pixel
+    of all pages.
+
+    Raises UnreadableImageError, also for pages of different sizes: those are no slices.
+    """
+    pages = _decode_all(path)
+    if any(_is_deep(page) for page in pages):
+        return list(to_uint8(np.stack([np.asarray(page) for page in pages])))
+    return [_shown(page) for page in pages]
+
+
 def _read_picture(path: Path) -> np.ndarray:
-    image = _decode(path)
-    if image.mode.startswith(("I", "F")):
+    return _shown(_decode(path))
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith(("I", "F"))
+
+
+def _shown(image: Image.Image) -> np.ndarray:
+    if _is_deep(image):
         return to_uint8(np.asarray(image))
     if image.mode == "1":
         return np.asarray(image.convert(_LUMINANCE))
@@ -94,7 +122,15 @@ def read_mask(path: Path) -> np.ndarray:
 
     Raises UnreadableImageError.
     """
-    image = _decode(path)
+    return _mask(_decode(path))
+
+
+def read_masks(path: Path) -> list[np.ndarray]:
+    """The same of every page. Raises UnreadableImageError."""
+    return [_mask(page) for page in _decode_all(path)]
+
+
+def _mask(image: Image.Image) -> np.ndarray:
     flat = image.mode in ("1", "L", "P") or image.mode.startswith("I")
     values = np.asarray(image) if flat else np.asarray(image.convert("RGB")).max(axis=2) > 0
     if values.dtype.kind != "b" and values.size and (values.min() < 0 or values.max() > 255):
@@ -148,16 +184,37 @@ def _unpacked(packed: bytes) -> bytes:
         return b""
 
 
-def _decode(path: Path) -> Image.Image:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            pages = getattr(image, "n_frames", 1)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
+            yield image
+    except UnreadableImageError:
+        raise
     except FileNotFoundError:
         raise UnreadableImageError("there is no such file") from None
     except Exception:  # decoders raise whatever they like on a damaged file: OSError, SyntaxError, struct.error ...
         raise UnreadableImageError("the file is damaged, or no PNG, JPEG, TIFF, DICOM or NIfTI") from None
-    if pages > 1:
-        raise UnreadableImageError(f"the file holds {pages} pages; one image per file")
-    return upright
+
+
+def _decode(path: Path) -> Image.Image:
+    with _opened(path) as image:
+        pages = getattr(image, "n_frames", 1)
+        if pages > 1:
+            what = "`consilium-site data import` makes images of them" if image.format == "TIFF" else "save one alone"
+            raise UnreadableImageError(f"the file holds {pages} pages; {what}")
+        return ImageOps.exif_transpose(image)
+
+
+def _decode_all(path: Path) -> list[Image.Image]:
+    with _opened(path) as image:
+        count = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        if image.width * image.height * count > MOST_PIXELS:
+            raise UnreadableImageError(f"the file says that it is {image.width}x{image.height}x{count} pixels large")
+        if count == 1:
+            return [_decode(path)]
+        pages = [page.copy() for page in ImageSequence.Iterator(image)]
+    if len({(page.size, page.mode) for page in pages}) > 1:
+        what = f"its {count} pages are of different sizes or kinds, no slices of one stack"
+        raise UnreadableImageError(f"{what}; save the one that is meant alone")
+    return pages
