@@ -334,7 +334,7 @@ def _share(layer: Layer, rows: Tensor, gradients: Tensor, patients: int, may_mea
     if may_measure and measuring < _TRAFFIC * left * right:
         return Measured(layer, rows, gradients, patients)
     crowd = positions >= _MANY_POSITIONS or left * right <= _SMALL_WEIGHT
-    if isinstance(layer, nn.Conv2d) and rows.device.type == "cpu" and crowd:
+    if not isinstance(layer, nn.Linear) and rows.device.type == "cpu" and crowd:
         return Written(_by_grouped_convolution(layer, rows, gradients, patients))
     columns = (_joined(column, patients) for column in _columns(layer, rows, gradients))
     a, b = columns
@@ -364,10 +364,12 @@ def _joined(columns: Tensor, patients: int) -> Tensor:
     return columns.unflatten(0, (patients, -1)).transpose(1, 2).flatten(2)
 
 
-def _by_grouped_convolution(layer: nn.Conv2d, rows: Tensor, gradients: Tensor, patients: int) -> Tensor:
+def _by_grouped_convolution(
+    layer: nn.Conv2d | nn.ConvTranspose2d, rows: Tensor, gradients: Tensor, patients: int
+) -> Tensor:
     """Each patient is a group of channels of one convolution over his rows."""
     rows, gradients = (x.unflatten(0, (patients, -1)).transpose(0, 1).flatten(1, 2) for x in (rows, gradients))
-    shape = (patients * layer.out_channels, *layer.weight.shape[1:])
+    shape = (patients * layer.weight.shape[0], *layer.weight.shape[1:])
     found = _convolution(layer, shape, rows, gradients, groups=patients)
     return found.reshape(patients, *layer.weight.shape)
 

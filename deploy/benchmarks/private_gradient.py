@@ -15,9 +15,11 @@ import ctypes
 import gc
 import platform
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -31,7 +33,7 @@ from client.grant import Grant
 from client.patient_gradients import Written, grouping, patient_gradients
 from client.private_data import Mechanism, Patients, PrivateDataset
 from common.command_line import run
-from common.models import Network, build_model, parameters, part_names
+from common.models import MeanOverImage, Network, build_model, parameters, part_names
 from common.params import select
 from common.plan import ModelSpec, TaskSpec
 from common.tasks import TASKS
@@ -65,20 +67,42 @@ class Row:
     peak_mb: float = 0.0
 
 
+class _Basic(nn.Module):
+    """ResNet's basic block (He 2016)."""
+
+    def __init__(self, incoming: int, outgoing: int) -> None:
+        super().__init__()
+        stride = 1 if incoming == outgoing else 2
+        self.first = nn.Conv2d(incoming, outgoing, 3, stride, padding=1, bias=False)
+        self.first_norm = nn.GroupNorm(outgoing // 8, outgoing)
+        self.second = nn.Conv2d(outgoing, outgoing, 3, padding=1, bias=False)
+        self.second_norm = nn.GroupNorm(outgoing // 8, outgoing)
+        self.short: nn.Module = nn.Identity()
+        if stride == 2:
+            convolution = nn.Conv2d(incoming, outgoing, 1, stride, bias=False)
+            self.short = nn.Sequential(convolution, nn.GroupNorm(outgoing // 8, outgoing))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        inside = torch.relu(self.first_norm(self.first(maps)))
+        return torch.relu(self.second_norm(self.second(inside)) + self.short(maps))
+
+
+def resnet18() -> nn.Sequential:
+    """ResNet-18 with GroupNorm, one channel in, 512 features out."""
+    stem = [
+        nn.Conv2d(1, 64, 7, 2, padding=3, bias=False),
+        nn.GroupNorm(8, 64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, padding=1),
+    ]
+    widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
+    return nn.Sequential(*stem, *(_Basic(*pair) for pair in pairwise(widths)), MeanOverImage())
+
+
 def network_of(model: str, side: int, kind: str) -> Network:
     """With a head that is not zero: else no gradient would reach the body."""
     if model == "resnet18":
-        from monai.networks.nets.resnet import resnet18
-
-        body = resnet18(
-            spatial_dims=2,
-            n_input_channels=1,
-            conv1_t_stride=2,
-            feed_forward=False,
-            act=("relu", {"inplace": False}),
-            norm=("group", {"num_groups": 8}),
-        )
-        network = Network(body, nn.Linear(512, 2))
+        network = Network(resnet18(), nn.Linear(512, 2))
     else:
         spec = TaskSpec.model_validate({"kind": kind, "image_size": side, "label_sets": {"two": ["no", "yes"]}})
         width = 16 if model == "unet" else 32
@@ -273,6 +297,7 @@ def main(
     chunk: Annotated[int, typer.Option(min=1, help="Images at once, as hardware.chunk_images in site.yaml.")] = IMAGES,
 ) -> None:
     """Images per second and memory of a private gradient."""
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # Opacus' hook on the first layer
     typer.echo(f"{machine(device)}; {IMAGES} images a step, medians of {repeats}; 16 x 4: 16 patients of 4 images.")
     typer.echo(
         "Ratio: time, by that of non-private SGD. MB: peak of a step over the model. Weights' gradients per patient"
