@@ -104,8 +104,9 @@ class PatientDPOptimizer(DPOptimizer):
     def release(self) -> list[Tensor]:
         """The noisy mean, parameter by parameter; nothing of it stays."""
         self.add_noise()
-        released = [parameter.grad.detach() / self.expected_batch_size for parameter in self._trained]
+        released = []
         for parameter in self._trained:
+            released.append(parameter.grad.detach() / self.expected_batch_size)
             parameter.grad = parameter.summed_grad = None
         return released
 
@@ -141,15 +142,22 @@ class PatientDPOptimizer(DPOptimizer):
                 noise = torch.normal(0.0, std, parameter.shape, generator=self.generator)
             else:
                 noise = lattice.sample(parameter.shape)
-            parameter.grad = ((total + noise.to(total)) / factor).to(parameter)
+            parameter.grad = total.add_(noise.to(total)).div_(factor).to(parameter)
 
 
 def _sum(parameter: Any, factors: Tensor, lattice: Lattice | None) -> Tensor:
     """What was summed before, and the patients times their factors; only written-out gradients go on a lattice."""
-    total: Tensor | None = parameter.summed_grad
-    if total is None:
-        total = torch.zeros_like(parameter, dtype=torch.float32 if lattice is None else torch.float64)
+    before: Tensor | None = parameter.summed_grad
     shares = parameter.grad_sample  # none where no gradient reaches
-    for share, own in zip(shares, factors.split([share.patients for share in shares]) if shares else (), strict=True):
-        total = total + (share.sum(own) if lattice is None else lattice.rounded(share.each(own)).sum(dim=0))
-    return total.detach()
+    if not shares:
+        empty = torch.zeros_like(parameter, dtype=torch.float32 if lattice is None else torch.float64)
+        return empty.detach() if before is None else before
+    owners = factors.split([share.patients for share in shares])
+    sums = (
+        share.sum(own) if lattice is None else lattice.rounded(share.each(own)).sum(dim=0)
+        for share, own in zip(shares, owners, strict=True)
+    )
+    total = next(sums)
+    for other in sums:
+        total.add_(other)
+    return total if before is None else total.add_(before)

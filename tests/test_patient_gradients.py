@@ -267,13 +267,17 @@ def clipped_under_autocast() -> float:
 
 
 def test_clipping_is_right_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.private_data, "os_generator", seeded)
     assert clipped_under_autocast() < 1e-5
 
     def in_bfloat16(self: Written) -> Tensor:
-        return self.values.bfloat16().flatten(1).square().cumsum(dim=1)[:, -1].double()
+        total = torch.zeros(self.patients, dtype=torch.bfloat16)
+        for numbers in self.values.bfloat16().flatten(1).split(4, dim=1):
+            total += numbers.square().sum(dim=1)
+        return total.double()
 
     monkeypatch.setattr(Written, "squares", in_bfloat16)  # the planted error
-    assert clipped_under_autocast() > 1e-4
+    assert clipped_under_autocast() > 1e-3
 
 
 def test_bfloat16_is_used_where_the_site_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
