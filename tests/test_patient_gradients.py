@@ -24,12 +24,16 @@ from client.ledger import Ledger, Terms
 from client.optimizer import PatientDPOptimizer, os_generator
 from client.patient_gradients import Measured, Share, Written, grouping, patient_gradients
 from client.private_data import Mechanism, Patients, PrivateDataset, Seen
+from client.site import load_site_config
+from client.study import open_study
 from common.accounting import Event
 from common.errors import UnchargedQuery
 from common.models import Network, build_model, parameters, part_names
-from common.params import Params, norm, subtract
+from common.params import Params, norm, subtract, to_arrays
 from common.plan import ModelSpec, TaskSpec
+from common.starting_point import starting
 from common.tasks import TASKS
+from tests.conftest import PlanMaker, SiteMaker
 
 CLIP = 0.05
 LAYOUTS = {
@@ -373,3 +377,16 @@ def test_a_memory_too_small_for_one_image_and_other_errors_are_raised(monkeypatc
         monkeypatch.setattr(Network, "forward", fails)
         with pytest.raises(RuntimeError, match=message):
             private([2, 1]).gradient(params)
+
+
+def test_the_site_says_how_much_goes_at_once(make_site: SiteMaker, make_plan: PlanMaker) -> None:
+    """From site.yaml to the study; the plan has no say in it."""
+    folder, plan = make_site("alder"), make_plan(privacy=None)
+    net = build_model(plan.model, plan.task, ways=2)
+    initial = to_arrays(starting(plan, net))
+    for text, want in (("", 64), ("hardware: {chunk_images: 3, bf16: true}\n", 3)):
+        with (folder / "site.yaml").open("a") as file:
+            file.write(text)
+        study = open_study(folder, folder / "state", load_site_config(folder), plan, initial)
+        assert study.patients.chunk_images == want
+        assert study.patients._bf16 is bool(text)
