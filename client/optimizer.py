@@ -5,7 +5,7 @@ One step, S = patients who joined (each independently with probability q), at mo
     g_p = mean over the patient's images of grad loss
     G   = (1/B) * ( sum_{p in S} g_p * min(1, C/||g_p||)  +  Normal(0, (z C)^2 I) ),    B = q * declared N
 
-Opacus computes the per-image gradients; this file makes the patient the unit.
+`client.patient_gradients` computes the patients' gradients; this file clips, sums and adds the noise.
 
 Coordinates may be scaled before clipping and scaled back after the noise: the mechanism is the same, applied to a
 linear change of variables, and scaling back is post-processing. It says how the clip is shared between the head, whose
@@ -24,6 +24,7 @@ from opacus.optimizers.optimizer import DPOptimizer
 from torch import Tensor
 
 from client.discrete_noise import Lattice
+from client.patient_gradients import Grouping, Shares
 
 _MARGIN = 1e-6  # relative; keeps a clipped float32 gradient at or below C
 
@@ -56,10 +57,10 @@ def draw_patients(patients: int, *, sample_rate: float, generator: torch.Generat
 class PatientDPOptimizer(DPOptimizer):
     """Opacus' DPOptimizer with the patient as its privacy unit.
 
-    Call `group(patients)` before every step: `patients[i]` is the patient of row i of the per-image gradients. A
-    patient's rows must all be in one physical batch. Stepping without it is refused, for Opacus would clip per image.
-    `scales` has a public factor for each parameter, in the optimizer's order. `discrete`: contributions are rounded to
-    a lattice, and the noise is discrete (`client.discrete_noise`).
+    Call `group(patients)` before every physical batch: `patients[i]` is the patient of its row i, and a patient's rows
+    must all be in one batch. Then `accumulate` with what `patient_gradients` finds for `self.patients`; after the last
+    batch `release`. `scales` has a public factor for each parameter, in the optimizer's order. `discrete`:
+    contributions are rounded to a lattice, and the noise is discrete (`client.discrete_noise`).
     """
 
     def __init__(
@@ -73,63 +74,90 @@ class PatientDPOptimizer(DPOptimizer):
     def _lattice(self) -> Lattice | None:
         return Lattice(self.noise_multiplier * self.max_grad_norm) if self._discrete else None
 
-    def add_noise(self) -> None:
-        """`p.grad` = (clipped sum + Normal(0, (z C)^2 I)) / scale; noise is drawn on the CPU on every device."""
-        std, lattice = self.noise_multiplier * self.max_grad_norm, self._lattice
-        for parameter, factor in zip(self.params, self._scales, strict=True):
-            total: Tensor = parameter.summed_grad  # type: ignore[attr-defined]  # Opacus adds the attribute
-            if lattice is None:
-                noise = torch.normal(0.0, std, parameter.shape, generator=self.generator)
-            else:
-                noise = lattice.sample(parameter.shape)
-            parameter.grad = ((total + noise.to(total)) / factor).to(parameter)
+    @property
+    def _trained(self) -> list[Any]:
+        """The parameters, to which Opacus adds `grad_sample` and `summed_grad`."""
+        return list(self.params)
 
     def group(self, patients: Tensor) -> None:
         """State the patient of each row (int64, (n,)) of the next physical batch."""
         self._patients = patients
 
+    @property
+    def patients(self) -> Tensor:
+        """Of each row of the physical batch. Raises RuntimeError if `group` was not called for it."""
+        if self._patients is None:
+            raise RuntimeError("every step needs the patient of each row: call group(patients) first")
+        return self._patients
+
+    def accumulate(self, groups: Grouping, shares: Shares) -> None:
+        """Add this physical batch's clipped patients to `summed_grad`: all of it, or nothing if an error is raised."""
+        self._groups, self._patients = groups, None
+        for parameter in self._trained:
+            parameter.grad_sample = shares[parameter]
+        try:
+            self.clip_and_accumulate()
+        finally:
+            for parameter in self._trained:
+                parameter.grad_sample = None
+
+    def release(self) -> list[Tensor]:
+        """The noisy mean, parameter by parameter; nothing of it stays."""
+        self.add_noise()
+        released = []
+        for parameter in self._trained:
+            released.append(parameter.grad.detach() / self.expected_batch_size)
+            parameter.grad = parameter.summed_grad = None
+        return released
+
     def clip_and_accumulate(self) -> None:
-        """Mean per patient, clip to max_grad_norm over all parameters together, add to `summed_grad`.
+        """Clip each patient's mean to max_grad_norm over all parameters together, add to `summed_grad`.
 
         A patient with a non-finite gradient contributes zero: a NaN that reached the release would reveal that
         the patient joined.
-
-        Raises RuntimeError if `group` was not called for this batch or does not fit it.
         """
-        rows = self.grad_samples
-        if self._patients is None or len(self._patients) != len(rows[0]):
-            raise RuntimeError("every step needs the patient of each row: call group(patients) first")
-        _, patient, images = torch.unique(self._patients, return_inverse=True, return_counts=True)
-        self._patients = None
-        means = [
-            factor * _mean_per_patient(gradient, patient, images)
-            for factor, gradient in zip(self._scales, rows, strict=True)
-        ]
-        squares = torch.zeros(len(images), dtype=torch.float64)
-        for mean in means:
-            squares += mean.flatten(1).double().square().sum(dim=1).cpu()
+        squares = torch.zeros(self._groups.patients, dtype=torch.float64)
+        for scale, parameter in zip(self._scales, self._trained, strict=True):
+            if parameter.grad_sample:
+                squares += scale**2 * torch.cat([share.squares() for share in parameter.grad_sample])
         norms = squares.sqrt()
-        finite = torch.isfinite(norms)
         limit, lattice = self.max_grad_norm, self._lattice
         if lattice is not None:
-            limit = lattice.bound(limit, sum(mean[0].numel() for mean in means) if len(images) else 0)
-        factor = (limit / (norms * (1 + _MARGIN) + 1e-30)).clamp(max=1.0)
-        factor = torch.where(finite, factor, torch.zeros_like(factor))
-        for parameter, mean in zip(self.params, means, strict=True):
-            mask = finite.to(mean.device).reshape(-1, *[1] * (mean.dim() - 1))
-            safe = torch.where(mask, mean, torch.zeros_like(mean))
+            limit = lattice.bound(limit, sum(parameter.numel() for parameter in self._trained))
+        factors = (limit / (norms * (1 + _MARGIN) + 1e-30)).clamp(max=1.0)
+        factors = torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
+        sums = [
+            _sum(parameter, scale * factors, lattice)
+            for scale, parameter in zip(self._scales, self._trained, strict=True)
+        ]
+        for parameter, total in zip(self._trained, sums, strict=True):
+            parameter.summed_grad = total
+
+    def add_noise(self) -> None:
+        """`p.grad` = (clipped sum + Normal(0, (z C)^2 I)) / scale; noise is drawn on the CPU on every device."""
+        std, lattice = self.noise_multiplier * self.max_grad_norm, self._lattice
+        for parameter, factor in zip(self._trained, self._scales, strict=True):
+            total: Tensor = parameter.summed_grad
             if lattice is None:
-                clipped = torch.einsum("i,i...", factor.to(safe), safe)
+                noise = torch.normal(0.0, std, parameter.shape, generator=self.generator)
             else:
-                each = torch.einsum("i,i...->i...", factor.to(safe.device), safe.double())
-                clipped = lattice.rounded(each).sum(dim=0)
-            before: Tensor | None = parameter.summed_grad  # type: ignore[attr-defined]
-            parameter.summed_grad = clipped if before is None else before + clipped  # type: ignore[attr-defined]
+                noise = lattice.sample(parameter.shape)
+            parameter.grad = total.add_(noise.to(total)).div_(factor).to(parameter)
 
 
-def _mean_per_patient(gradient: Tensor, patient: Tensor, images: Tensor) -> Tensor:
-    """(n, ...) per-image gradients -> (patients, ...) means, summed in float32."""
-    gradient = gradient.float()
-    total = torch.zeros(len(images), *gradient.shape[1:], device=gradient.device)
-    total.index_add_(0, patient.to(gradient.device), gradient)
-    return total / images.to(total).reshape(-1, *[1] * (total.dim() - 1))
+def _sum(parameter: Any, factors: Tensor, lattice: Lattice | None) -> Tensor:
+    """What was summed before, and the patients times their factors; only written-out gradients go on a lattice."""
+    before: Tensor | None = parameter.summed_grad
+    shares = parameter.grad_sample  # none where no gradient reaches
+    if not shares:
+        empty = torch.zeros_like(parameter, dtype=torch.float32 if lattice is None else torch.float64)
+        return empty.detach() if before is None else before
+    owners = factors.split([share.patients for share in shares])
+    sums = (
+        share.sum(own) if lattice is None else lattice.rounded(share.each(own)).sum(dim=0)
+        for share, own in zip(shares, owners, strict=True)
+    )
+    total = next(sums)
+    for other in sums:
+        total.add_(other)
+    return total if before is None else total.add_(before)

@@ -7,14 +7,12 @@ a grant nothing is computed. An algorithm that holds nothing else is private by 
 from __future__ import annotations
 
 import math
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from opacus import GradSampleModule
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -22,6 +20,8 @@ from client.data.dataset import SiteData
 from client.discrete_noise import Lattice
 from client.grant import Grant
 from client.optimizer import PatientDPOptimizer, draw_patients, os_generator
+from client.patient_gradients import patient_gradients
+from client.site import CHUNK_IMAGES
 from common.algorithms.interface import ClassSums
 from common.augment import augment, augment_with_masks
 from common.episodes import Batch, Episode, MetaLoss, meta_gradients
@@ -32,9 +32,6 @@ from common.params import Params, zeros_like
 from common.tasks import Task
 
 _TOGETHER = 64  # episodes in one vmap on a GPU: the bound of its memory
-
-# Opacus hooks the first layer too, whose input (the images) needs no gradient.
-warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +78,49 @@ class Unprotected:
         """There is none."""
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Rows as the network takes them. Their views are drawn: to work through them again draws nothing."""
+
+    inputs: Tensor
+    targets: Tensor
+    patient: Tensor  # int64 (n,): of each row
+
+    def cut(self, at_once: int) -> list[Seen]:
+        """Parts of at most so many rows, one patient with more of them by himself; at least one part, maybe empty."""
+        _, owner, rows = torch.unique(self.patient, return_inverse=True, return_counts=True)
+        if len(owner) <= at_once:
+            return [self]
+        part = torch.tensor(_filled(rows.tolist(), at_once))[owner]
+        return [
+            Seen(self.inputs[where], self.targets[where], self.patient[where])
+            for where in (torch.nonzero(part == number).flatten() for number in part.unique())
+        ]
+
+
 class Patients:
     """A site's training images by patient, and the network through which queries see them.
+
+    `chunk_images` and `bf16` are the site's own: how many rows go through the network at once, which bounds memory and
+    changes no result, and whether convolutions and products are computed in bfloat16 (norms and sums never are).
 
     Raises ValueError for a network with BatchNorm.
     """
 
     def __init__(
-        self, data: SiteData, network: Network, task: Task, *, device: str = "cpu", chunk_images: int = 256
+        self,
+        data: SiteData,
+        network: Network,
+        task: Task,
+        *,
+        device: str = "cpu",
+        chunk_images: int = CHUNK_IMAGES,
+        bf16: bool = False,
     ) -> None:
         refuse_batch_norm(network)
         self.public = parameters(network)  # on the CPU, where algorithms compute
         self.data, self.network, self.task, self.device = data, network.to(device), task, device
-        self.chunk_images = chunk_images  # bounds memory: images in one physical batch
+        self.chunk_images, self._bf16 = chunk_images, bf16
         order = torch.argsort(data.patients, stable=True)
         _, counts = torch.unique_consecutive(data.patients[order], return_counts=True)
         self.images_of = torch.split(order, counts.tolist())  # row numbers of each patient
@@ -120,17 +147,55 @@ class Patients:
         joined = draw_patients(len(self.images_of), sample_rate=sample_rate, generator=generator)
         return [_at_most(self.images_of[p], max_images, generator) for p in joined.tolist()]
 
-    def chunks(self, drawn: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """(row numbers, patient of each row) in physical batches cut between patients; at least one, maybe empty."""
-        chunks: list[list[tuple[int, Tensor]]] = [[]]
-        filled = 0
-        for patient, rows in enumerate(drawn):
-            if filled and filled + len(rows) > self.chunk_images:
-                chunks.append([])
-                filled = 0
-            chunks[-1].append((patient, rows))
-            filled += len(rows)
-        return [_stack(chunk) for chunk in chunks]
+    def chunks(self, drawn: list[Tensor], *, views: int = 1) -> list[tuple[Tensor, Tensor]]:
+        """(row numbers, patient of each row) in physical batches cut between patients; at least one, maybe empty.
+
+        Patients with equally many images come together: their gradients are computed side by side.
+        """
+        by_size = sorted(enumerate(drawn), key=lambda one: len(one[1]))
+        chunks: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+        for one, chunk in zip(
+            by_size, _filled([views * len(rows) for _, rows in by_size], self.chunk_images), strict=True
+        ):
+            chunks[chunk].append(one)
+        return [_stack(chunk) for chunk in chunks.values()] or [_stack([])]
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """Float32, of the network as it stands."""
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._bf16):
+            outputs: Tensor = self.network(inputs)
+        return outputs.float()
+
+    def work_through(self, compute: Callable[[Seen, int], None], seen: Seen) -> None:
+        """`compute` part by part, with the number of rows that it may take at once: half of it, and for good, where
+        memory ran out. What was drawn stays drawn; `compute` must leave no trace of what it could not finish.
+        """
+        for part in seen.cut(self.chunk_images):
+            try:
+                compute(part, self.chunk_images)
+                continue
+            except RuntimeError as error:
+                if len(part.inputs) < 2 or self.chunk_images < 2 or not _out_of_memory(error):
+                    raise
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+            self.chunk_images = min(self.chunk_images, len(part.inputs)) // 2
+            self.work_through(compute, part)
+
+
+def _filled(sizes: Sequence[int], limit: int) -> list[int]:
+    """In which chunk each one goes, in order, so that none but a single one is above the limit."""
+    chunk, filled, places = 0, 0, []
+    for size in sizes:
+        if filled and filled + size > limit:
+            chunk, filled = chunk + 1, 0
+        filled += size
+        places.append(chunk)
+    return places
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _at_most(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:
@@ -209,9 +274,14 @@ class PrivateDataset:
         """
         with self._query(params, None):
             generator = self._generator()
-            drawn = self._draw(generator)
-            radius = self._mechanism.feature_clip
-            total = torch.stack([self._class_vectors(*chunk, radius) for chunk in self._patients.chunks(drawn)]).sum(0)
+            drawn, sums = self._draw(generator), []
+            data, device, radius = self._patients.data, self._patients.device, self._mechanism.feature_clip
+            for rows, patient in self._patients.chunks(drawn):
+                seen = Seen(data.inputs(rows).to(device), data.labels[rows], patient)
+                self._patients.work_through(
+                    lambda part, at_once: sums.append(self._class_vectors(part, at_once, radius)), seen
+                )
+            total = torch.stack(sums).sum(dim=0)
             noise = 0.0
             if isinstance(self._mechanism, Mechanism):
                 noise = self._mechanism.noise_multiplier
@@ -235,7 +305,13 @@ class PrivateDataset:
         with self._query(params, None):
             generator = self._generator()
             drawn = self._draw(generator)
-            sums = [self._centred_sum(*chunk, fn, generator) for chunk in self._patients.chunks(drawn)]
+            sums: list[Tensor] = []
+            for rows, patient in self._patients.chunks(drawn):
+                inputs, targets = self._patients.batch(rows, generator)
+                seen = Seen(inputs, targets, _repeated(patient, len(inputs)))
+                self._patients.work_through(
+                    lambda part, at_once: sums.append(self._centred_sum(part, at_once, fn)), seen
+                )
             total = torch.stack(sums).sum(dim=0)
             if isinstance(self._mechanism, Unprotected):
                 return (total / max(1, len(drawn)) + 0.5).float()
@@ -254,29 +330,23 @@ class PrivateDataset:
         if any(not torch.equal(a, b) for a, b in zip(buffers, network.buffers(), strict=True)):
             raise UnchargedQuery("a buffer of the network changed during a query: it would carry data out")
 
-    def _centred_sum(
-        self, rows: Tensor, patient: Tensor, fn: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator
-    ) -> Tensor:
+    def _centred_sum(self, seen: Seen, at_once: int, fn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Sum over patients of (mean over the patient's images - 1/2), each clipped to norm sqrt(k)/2; float64 (k,)."""
-        inputs, targets = self._patients.batch(rows, generator)
-        with torch.no_grad():
-            values = fn(self._patients.network(inputs), targets).double().cpu()
+        values = fn(_forward(self._patients.network, seen.inputs, at_once), seen.targets).double().cpu()
         values = values.unsqueeze(1) if values.dim() == 1 else values
         radius = values.shape[1] ** 0.5 / 2
-        lattice = self._mechanism.lattice(sensitivity=radius)
-        return _sum_of_patients(values - 0.5, _repeated(patient, len(values)), radius, lattice)
+        return _sum_of_patients(values - 0.5, seen.patient, radius, self._mechanism.lattice(sensitivity=radius))
 
-    def _class_vectors(self, rows: Tensor, patient: Tensor, radius: float) -> Tensor:
+    def _class_vectors(self, seen: Seen, at_once: int, radius: float) -> Tensor:
         """Sum over patients of the means of their images' vectors, float64 (ways, F + 1); see `class_sums`."""
-        data = self._patients.data
-        with torch.no_grad():
-            features = self._patients.network.body(data.inputs(rows).to(self._patients.device)).double().cpu()
+        ways = self._patients.data.ways
+        features = _forward(self._patients.network.body, seen.inputs, at_once).double().cpu()
         lengths = features.norm(dim=1, keepdim=True)
         bounded = features / lengths.clamp(min=radius)
-        vectors = torch.cat([bounded, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1) / 2**0.5
-        of_class = one_hot(data.labels[rows], data.ways).double().unsqueeze(2) * vectors.unsqueeze(1)
+        vectors = torch.cat([bounded, torch.ones(len(features), 1, dtype=torch.float64)], dim=1) / 2**0.5
+        of_class = one_hot(seen.targets, ways).double().unsqueeze(2) * vectors.unsqueeze(1)
         lattice = self._mechanism.lattice(sensitivity=1.0)
-        return _sum_of_patients(of_class.flatten(1), patient, 1.0, lattice).reshape(data.ways, -1)
+        return _sum_of_patients(of_class.flatten(1), seen.patient, 1.0, lattice).reshape(ways, -1)
 
     def _episodes(self, generator: torch.Generator) -> list[Episode]:
         """The episodes that have patients on both sides, of the m that were to be filled.
@@ -329,60 +399,68 @@ class PrivateDataset:
         )
 
     def _private_gradient(self, params: Params, mechanism: Mechanism) -> Params:
-        generator = os_generator()
-        chunks = self._patients.chunks(self._draw(generator))
-        network = self._patients.network
-        wrapped = GradSampleModule(network, loss_reduction="sum")
-        try:
-            trained = {name: value for name, value in network.named_parameters() if value.requires_grad}
-            optimizer = PatientDPOptimizer(
-                torch.optim.SGD(trained.values(), lr=1.0),
-                scales=[mechanism.head_scale if name.startswith(HEAD) else 1.0 for name in trained],
-                noise_multiplier=mechanism.noise_multiplier,
-                max_grad_norm=mechanism.clip,
-                expected_batch_size=mechanism.batch,
-                generator=generator,
-                discrete=mechanism.discrete,
+        generator, network = os_generator(), self._patients.network
+        trained = {name: value for name, value in network.named_parameters() if value.requires_grad}
+        optimizer = PatientDPOptimizer(
+            torch.optim.SGD(trained.values(), lr=1.0),
+            scales=[mechanism.head_scale if name.startswith(HEAD) else 1.0 for name in trained],
+            noise_multiplier=mechanism.noise_multiplier,
+            max_grad_norm=mechanism.clip,
+            expected_batch_size=mechanism.batch,
+            generator=generator,
+            discrete=mechanism.discrete,
+        )
+
+        def add(seen: Seen, at_once: int) -> None:
+            optimizer.group(seen.patient)
+            found = patient_gradients(
+                self._patients.outputs,
+                network,
+                self._patients.task.loss,
+                seen.inputs,
+                seen.targets,
+                optimizer.patients,
+                at_once=at_once,
+                written=mechanism.discrete,
             )
-            for number, (rows, patient) in enumerate(chunks):
-                optimizer.zero_grad()
-                if len(rows):
-                    losses = self._losses(wrapped, rows, generator)
-                    losses.sum().backward()
-                    optimizer.group(_repeated(patient, len(losses)))
-                else:  # nobody joined; Opacus cannot go back through every layer then
-                    _set_no_rows(trained.values())
-                    optimizer.group(patient)
-                optimizer.signal_skip_step(do_skip=number < len(chunks) - 1)  # type: ignore[no-untyped-call]
-                optimizer.pre_step()
-            gradients = _gradients(network, params)
-            optimizer.zero_grad()
-            return gradients
-        finally:
-            wrapped.to_standard_module()
+            optimizer.accumulate(*found)
+
+        for chunk in self._patients.chunks(self._draw(generator), views=mechanism.views):
+            self._patients.work_through(add, self._seen(*chunk, generator))
+        released = dict(zip(trained, optimizer.release(), strict=True))
+        return {name: released[name].cpu() for name in params}
 
     def _plain_gradient(self, params: Params, mechanism: Unprotected) -> Params:
         drawn = self._draw(self._generator())
         network = self._patients.network
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         network.zero_grad()
-        for rows, patient in self._patients.chunks(drawn):
-            losses = self._losses(network, rows, self._generator())
-            owner = _repeated(patient, len(losses))
-            views = torch.bincount(owner, minlength=len(drawn)).float()
-            weights = 1.0 / (views[owner] * max(1, len(drawn)))
-            (losses * weights.to(self._patients.device)).sum().backward()
+
+        def add(seen: Seen, at_once: int) -> None:
+            views = torch.bincount(seen.patient)[seen.patient].float()
+            weights = (1.0 / (views * max(1, len(drawn)))).to(self._patients.device)
+            sums = [torch.zeros_like(parameter) for parameter in trained]
+            for inputs, targets, weight in zip(
+                *(x.split(at_once) for x in (seen.inputs, seen.targets, weights)), strict=True
+            ):
+                loss = (self._patients.task.loss(self._patients.outputs(inputs), targets) * weight).sum()
+                gradients = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+                sums = [a.add_(b) for a, b in zip(sums, gradients, strict=True)]
+            for parameter, gradient in zip(trained, sums, strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+        for chunk in self._patients.chunks(drawn, views=mechanism.views):
+            self._patients.work_through(add, self._seen(*chunk, self._generator()))
         return _gradients(network, params)
 
-    def _losses(self, network: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """One loss per view of each row."""
+    def _seen(self, rows: Tensor, patient: Tensor, generator: torch.Generator) -> Seen:
         inputs, targets = self._patients.batch(rows, generator, views=self._mechanism.views)
-        return self._patients.task.loss(network(inputs), targets)
+        return Seen(inputs, targets, _repeated(patient, len(inputs)))
 
 
-def _set_no_rows(parameters: Iterable[nn.Parameter]) -> None:
-    """Per-image gradients of no image."""
-    for parameter in parameters:
-        parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
+@torch.no_grad()
+def _forward(network: nn.Module, inputs: Tensor, at_once: int) -> Tensor:
+    return torch.cat([network(some) for some in inputs.split(at_once)])
 
 
 def clip_to(params: Params, limit: float, lattice: Lattice | None = None) -> Params:

@@ -17,6 +17,7 @@ from common.validation import Strict, validate
 from common.yaml_lines import read_yaml
 
 SITE_FILE = "site.yaml"
+CHUNK_IMAGES = 64  # that go through the network at once, where the site says nothing
 
 
 def _stays_inside(value: str) -> str:
@@ -73,6 +74,13 @@ class Limits(Strict):
         return _opening(self.hours or "00:00-23:59")
 
 
+class Hardware(Strict):
+    """How the site uses its machine. No result depends on it, but for rounding."""
+
+    chunk_images: Annotated[int, Field(ge=1, le=65536)] = CHUNK_IMAGES  # at once through the network: bounds memory
+    bf16: bool = False  # convolutions and products in bfloat16; norms, clipping and noise never are
+
+
 def _opening(hours: str) -> tuple[datetime.time, datetime.time]:
     start, _, end = hours.partition("-")
     try:
@@ -96,6 +104,7 @@ class SiteConfig(Strict):
     phantom: bool = False  # drawn images, no patient's
     orientation: Orientation = "fixed"
     device: Literal["cpu", "cuda", "auto"] = "auto"
+    hardware: Hardware = Hardware()
     state: InsidePath = "state"  # folder of the ledger and the stored releases
     budget: Budget
     limits: Limits = Limits()

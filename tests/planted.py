@@ -54,22 +54,21 @@ class ClipPerImage(PatientDPOptimizer):
 class ClipPerBatch(PatientDPOptimizer):
     """All who joined are clipped as one."""
 
+    def group(self, patients: Tensor) -> None:
+        self.images = len(patients)
+        super().group(torch.zeros_like(patients))
+
     def clip_and_accumulate(self) -> None:
-        assert self._patients is not None
-        images = len(self._patients)
-        self._patients = torch.zeros_like(self._patients)
         super().clip_and_accumulate()
         for parameter in self.params:
-            parameter.summed_grad = parameter.summed_grad * images
+            parameter.summed_grad = parameter.summed_grad * self.images
 
 
 class ClipTheSum(PatientDPOptimizer):
     """The same, as `clip_grad_norm_` does it."""
 
-    def clip_and_accumulate(self) -> None:
-        assert self._patients is not None
-        self._patients = torch.zeros_like(self._patients)
-        super().clip_and_accumulate()
+    def group(self, patients: Tensor) -> None:
+        super().group(torch.zeros_like(patients))
 
 
 class CountInNoise(PatientDPOptimizer):
@@ -82,7 +81,8 @@ class CountInNoise(PatientDPOptimizer):
 
 class KeepsNaN(PatientDPOptimizer):
     def clip_and_accumulate(self) -> None:
-        bad = any(bool(torch.isnan(parameter.grad_sample).any()) for parameter in self.params)
+        shares = [share for parameter in self.params for share in parameter.grad_sample]
+        bad = any(bool(torch.isnan(share.squares()).any()) for share in shares)
         super().clip_and_accumulate()
         for parameter in self.params if bad else ():
             parameter.summed_grad = parameter.summed_grad * math.nan
