@@ -302,6 +302,7 @@ def test_a_plan_with_discrete_noise_draws_no_normal_number(
         evaluation={"compare": []},
     )
     assert plan_cost(plan, "alder") == plan_cost(make_plan(**plan_without_noise(plan)), "alder")  # the same charge
+    require_self_test()  # of the normal noise, which a process does once
     monkeypatch.setattr(torch, "normal", lambda *_, **__: pytest.fail("a normal number was drawn"))
     reply = Site(make_site("alder", epsilon=200.0), plan).replies(rounds=1)[1]
     assert (reply.code, reply.reason) == ("ok", "")
