@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from client import approval
-from client.data.kept import FOLDER as KEPT
 from client.data.kept import ImageStore
 from client.grant import Grant
 from client.journal import SiteJournal
@@ -54,7 +53,7 @@ class Worker:
         self._times = ReplyTimes(held=not simulated)
         self._spent_at: tuple[tuple[int, str], float] = ((0, ""), 0.0)  # ledger head -> epsilon
         self._log = _site_log(state)
-        self._store = None if simulated else ImageStore(state / KEPT, self._log)
+        self._store = None if simulated else ImageStore(state, self._log)
         self._journal = SiteJournal(None) if simulated else SiteJournal.of(state)
 
     @property

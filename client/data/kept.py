@@ -32,10 +32,9 @@ from typing import BinaryIO
 import numpy as np
 
 from client.data.rows import NO_PIXELS, SPLITS, Origin, Row, Source
+from common.errors import DataError, Problem
 from common.files import give_to_owner_of
 from common.records import software_version
-
-FOLDER = "images"  # in the site's state folder
 
 _DECODERS = ("numpy", "pillow", "pydicom", "python-gdcm", "nibabel")
 _HALF = ".tmp"
@@ -60,17 +59,21 @@ class NotKept(Exception):
 
 @dataclass(frozen=True)
 class ImageStore:
-    """Where a site keeps them, and who is told how it went."""
+    """A site's kept images, in its state folder, and who is told how it went."""
 
-    folder: Path
+    state: Path
     log: logging.Logger = _log
+
+    @property
+    def folder(self) -> Path:
+        return self.state / "images"
 
     def open(self, view: object, *, size: int, channels: int, terms: object = "") -> KeptImages | None:
         """What is kept for a view; None where nothing can be, or the site has no state yet. `terms`: what else decides
         which rows take part."""
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
-            give_to_owner_of(self.folder.parent, self.folder)
+            give_to_owner_of(self.state, self.folder)
             return KeptImages(self, repr(view), repr(terms), (channels, size, size))
         except FileNotFoundError:
             return None
@@ -82,9 +85,15 @@ class ImageStore:
         """Say so; nobody has to mend it."""
         self.log.warning("images cannot be kept for the next start (%s): %s", self.folder, error)
 
-    def drop(self) -> None:
-        """The next start reads every image."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def forget(self) -> None:
+        """The next start reads every image. Raises DataError if the files cannot be removed."""
+        try:
+            shutil.rmtree(self.folder)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            what = f"cannot be removed ({type(error).__name__})"
+            raise DataError(Problem(str(self.folder), what, "remove it as the user of the worker")) from None
 
 
 class KeptImages:
