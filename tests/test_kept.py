@@ -27,14 +27,13 @@ from client.data.load import load_site
 from client.data.manifest import read_image
 from client.grant import Grant
 from client.membership import SITE_KEY
-from client.site import load_site_config
-from client.study import open_study
+from client.private_data import Mechanism, Patients, PrivateDataset
 from client.worker import Worker
 from common.errors import DataError
 from common.keys import make_signing_key
-from common.params import to_arrays
 from common.plan import StudyPlan
-from common.starting_point import network_of, starting, travelling
+from common.starting_point import network_of
+from common.tasks import task_of
 from tests.conftest import PlanMaker
 
 LABELS = ("healthy", "lesion")
@@ -402,17 +401,18 @@ def test_an_npz_is_not_unpacked_a_second_time(
     assert torch.equal(start(site, plan).data.images, start(site, plan).data.images)
 
 
-def test_a_private_round_has_the_same_numbers(site: Path, plan: StudyPlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = network_of(plan, "alder")
-    config, updates = load_site_config(site), []
+def test_private_queries_have_the_same_numbers(site: Path, plan: StudyPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("client.private_data.os_generator", lambda: torch.Generator().manual_seed(5))
-    start(site, plan)
-    for number, store in enumerate((None, ImageStore(site / "state"))):
-        initial, shared = to_arrays(starting(plan, network)), to_arrays(travelling(plan, network))
-        study = open_study(site, site / f"state{number}", config, plan, initial, store=store)
-        updates.append(study.query(1, shared, Grant(3)).update)
-    assert all(np.array_equal(updates[0][name], updates[1][name]) for name in updates[0])
-    assert any(update.any() for update in updates[0].values())
+    mechanism = Mechanism(sample_rate=0.5, noise_multiplier=1.0, clip=1.0, batch=8.0, max_images=2)
+    torch.manual_seed(0)
+    network = network_of(plan, "alder")
+    bare, answers = load_site(site, plan).of_split("train"), []
+    for data in (bare, start(site, plan).data, start(site, plan).data):
+        private = PrivateDataset(Patients(data, network, task_of(plan, "alder")), mechanism, Grant(2))
+        sums = private.class_sums(private.public)
+        answers.append([*private.gradient(private.public).values(), sums.features, sums.counts])
+    assert len(answers[0]) > 5
+    assert all(torch.equal(a, b) for other in answers[1:] for a, b in zip(answers[0], other, strict=True))
 
 
 def test_a_worker_keeps_images_and_a_simulated_one_does_not(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
