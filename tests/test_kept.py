@@ -274,8 +274,9 @@ def test_other_software_reads_everything_anew_and_removes_what_the_old_kept(
 ) -> None:
     start(site, plan)
     before = files(site)
-    (before[0].parent / f"{kept.software()}abc.tmp").write_bytes(b"left by a killed process")
-    os.utime(before[0].parent / f"{kept.software()}abc.tmp", (0, 0))
+    for name in (f"{kept.software()}abc.tmp", f"{kept.software()}-unused-for-years-train"):
+        (before[0].parent / name).write_bytes(b"left behind")
+        os.utime(before[0].parent / name, (0, 0))
     start(site, plan)
     assert files(site) == before
     monkeypatch.setattr(kept, "software", lambda: "other")
@@ -325,6 +326,22 @@ def test_two_starts_at_once_are_both_right(site: Path, plan: StudyPlan) -> None:
         slow = load_site(site, plan, split="train", store=ImageStore(site / "state"))
     assert slow.images[2].unique().numel() > 1, "what was there when it was read"
     assert start(site, plan).read == ["2.png"]
+
+
+def test_what_another_process_puts_there_meanwhile_is_not_taken_for_ones_own(
+    site: Path, plan: StudyPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(site, plan)
+    theirs, replace = {path: path.read_bytes() for path in files(site)}, os.replace
+    write(site, LINES[::-1])
+
+    def overtaken(source: Path, target: Path) -> None:
+        replace(source, target)
+        target.unlink()
+        target.write_bytes(theirs[target])
+
+    monkeypatch.setattr("client.data.kept.os.replace", overtaken)
+    assert start(site, plan).read == []
 
 
 def test_a_bad_image_is_told_on_every_start(site: Path, plan: StudyPlan) -> None:

@@ -112,7 +112,7 @@ class KeptImages:
         }
         self._passed = _Part(store, store.folder / f"{stem}-passed", digest, (0, 0, 0))
         self.holds_any = any(part.old for part in (*self._parts.values(), self._passed))
-        self.read = 0  # rows that were not found
+        self._read = 0  # rows that take part and were not found
 
     def __enter__(self) -> KeptImages:
         return self
@@ -129,7 +129,6 @@ class KeptImages:
         record = self._parts[row.split].find(origin.key, masked=masked)
         if record is None and self._passed.old and self._passed.find(self._passed_key(origin), masked=False):
             record = NO_PIXELS, None
-        self.read += record is None
         pixels, mask = record or (row.pixels, row.mask)
         details, fitted = row.details, record is not None
         return Row(row.where, pixels, row.label, row.patient, row.split, mask, details, origin, fitted)
@@ -138,6 +137,7 @@ class KeptImages:
         """The next row that takes part. Raises NotKept."""
         key = row.origin.key if row.origin and self._lasting(row) else _NEVER
         self._parts[row.split].add(row, key)
+        self._read += not row.fitted
 
     def pass_over(self, row: Row) -> None:
         """A sound row that takes no part. Raises NotKept."""
@@ -153,7 +153,7 @@ class KeptImages:
         arrays = {split: part.finish() for split, part in self._parts.items()}
         self._sweep()
         total = sum(len(images) for images, _ in arrays.values())
-        self._store.log.info("images: %d, of which %d were read; the others were kept", total, min(total, self.read))
+        self._store.log.info("images: %d, of which %d were read; the others were kept", total, self._read)
         return arrays
 
     def _passed_key(self, origin: Origin) -> bytes:
@@ -169,7 +169,7 @@ class KeptImages:
 
     def _sweep(self) -> None:
         """Remove what other software kept, what nobody used for long, and what a killed process left."""
-        for path in self._store.folder.iterdir():
+        for path in self._store.folder.glob("*"):
             try:
                 unused_s = time.time() - path.stat().st_mtime
                 limit_s = _LEFT_BEHIND_S if path.suffix == _HALF else _UNUSED_S
@@ -252,12 +252,9 @@ class _Part:
         if self._file is None and self._count < len(self.old or ()):
             self._begin()
         if self._file is not None:
-            self._commit(self._file)
-            self.old = self._read()
+            self.old = self._committed(self._file)
         elif self.old is not None:
             self._used()
-        if len(self.old or ()) != self._count:
-            raise NotKept("what was written is not what is there")
         return (self.old.images, self.old.masks) if self.old else (np.zeros((0, *self._shape), np.uint8), None)
 
     def close(self) -> None:
@@ -305,18 +302,25 @@ class _Part:
         self._unchecked -= len(content)
         self._checksum = zlib.crc32(content, self._checksum)
 
-    def _commit(self, file: BinaryIO) -> None:
+    def _committed(self, file: BinaryIO) -> _Records:
+        """What was written, mapped before others see it: another process may replace the file at any time."""
         self._write(file, bytes(self._keys))
         self._write(file, _FOOTER.pack(_MAGIC, self._view, self._count, self._masked, self._checksum))
         try:
             file.flush()
             os.fsync(file.fileno())
             file.close()
+            with self._temporary.open("rb") as written:
+                found = _mapped(written, self._view, self._shape)
             give_to_owner_of(self._path.parent, self._temporary)
-            os.replace(self._temporary, self._path)
+            if found is not None:
+                os.replace(self._temporary, self._path)
         except OSError as error:
             raise NotKept(error) from None
+        if found is None:
+            raise NotKept("what was written is not what is there")
         self._file = None
+        return found
 
     def _used(self) -> None:
         with contextlib.suppress(OSError):  # another process wrote it anew

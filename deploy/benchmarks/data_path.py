@@ -264,7 +264,7 @@ def table(place: Path, *, images: int, many: int, repeats: int) -> Iterator[str]
 
 @app.command()
 def main(
-    images: Annotated[int, typer.Option(min=10, help="Of each kind.")] = 400,
+    images: Annotated[int, typer.Option(min=10, help="Of each kind.")] = 250,
     many: Annotated[int, typer.Option(min=10, help="Of the large manifest.")] = 100_000,
     repeats: Annotated[int, typer.Option(min=1, help="Processes for each figure.")] = 5,
 ) -> None:
