@@ -41,7 +41,7 @@ from common.plan import StudyPlan
 SIDE, FITTED, SMALL = 256, 64, 32  # pixels
 BATCH = 64
 DIFFERENT = 50  # images; the rest are copies of these files
-LARGE = 20_000  # of a site of more images only the cached start is repeated: the others take long
+LARGE = 20_000  # of a site of more images only the cached start is repeated: the others take minutes
 SETTLED_S = 2.5  # until a file is old enough to be trusted
 LABELS = ("normal", "nodule")
 COLUMNS = ("files", "read by", "start, s", "pass, s", "images/s", "peak MB, start", "peak MB, pass", "beside Dataset")
@@ -49,7 +49,8 @@ LEGEND = """\
 start: every image is read, checked and fitted, or found unchanged; a plain Dataset only reads its table. pass: all
 images once, at random, in batches of 64, as the network's input. images/s: of start and pass together. peak MB: what
 the process needed by then above its imports, pages of mapped files among it. beside Dataset: images/s by the Dataset's.
-In brackets how many fresh processes the medians are over; the files lie in the page cache.
+In brackets how many fresh processes the medians are over; of the large site the first start also writes what it keeps.
+The files lie in the page cache.
 """
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -232,11 +233,13 @@ def _measure(start: Callable[[], Iterator[Tensor]], sending: Connection) -> None
 def rows_of(kind: str, folder: Path, fitted: int, read: Read | None, *, images: int, repeats: int) -> Iterator[str]:
     """Of one site: read at every start, from what was kept, and by the plain Dataset."""
     time.sleep(SETTLED_S)
+    read_all, kept = (functools.partial(ours, folder, fitted, keep=keep) for keep in (False, True))
+    by_dataset, first = functools.partial(plain, folder, fitted, read=read), cost(images, kept)
     fewer = 1 if images > LARGE else repeats
     costs = [
-        [cost(images, functools.partial(ours, folder, fitted, keep=False)) for _ in range(fewer)],
-        [cost(images, functools.partial(ours, folder, fitted, keep=True)) for _ in range(1 + repeats)][1:],
-        [cost(images, functools.partial(plain, folder, fitted, read=read)) for _ in range(fewer)],
+        [first] if images > LARGE else [cost(images, read_all) for _ in range(repeats)],
+        [cost(images, kept) for _ in range(repeats)],
+        [cost(images, by_dataset) for _ in range(fewer)],
     ]
     speeds = [images / (middle.start_s + middle.pass_s) for middle in map(_median, costs)]
     for who, some, speed in zip(("Consilium, not cached", "Consilium, cached", "Dataset"), costs, speeds, strict=True):
