@@ -35,6 +35,7 @@ from client.cross_validation import (
     features_of,
 )
 from client.data.dataset import SiteData
+from client.data.kept import ImageStore
 from client.data.load import load_site
 from client.question import own_question, read_plan, read_start
 from client.site import load_site_config
@@ -93,7 +94,7 @@ def adapt_site(
     study = read_plan(meta, plan_file)
     start = read_start(meta, study)
     plan = own_question(study, config.name, labels=labels, own=own)
-    data = load_site(folder, plan, site=config.name)
+    data = load_site(folder, plan, site=config.name, store=ImageStore(folder / config.state))
     notes = []
     if start.study and config.name in study.training_sites:
         data = _patients_who_did_not_train(folder, data)

@@ -40,6 +40,9 @@ def check(
     sheet: Annotated[
         Path | None, typer.Option(help="Write a contact sheet (PNG), for the hospital's own eyes.")
     ] = None,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Forget what is kept of the images: the next start reads them all.")
+    ] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Exact counts, for the hospital's own eyes only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -49,10 +52,14 @@ def check(
     rounded down to tens, and not shown below ten, so that what is sent on gives no patient away.
     """
     from client.data.checks import check_site, coarsened
+    from client.data.kept import ImageStore
     from client.data.sheet import Sheet
     from client.data.suspicions import Suspicions
+    from client.site import load_site_config
     from common.plan import load_plan
 
+    if forget:
+        ImageStore(folder / load_site_config(folder).state).forget()
     suspicions, pictures = Suspicions(), Sheet()
     look = [suspicions.look, pictures.look] if sheet else [suspicions.look]
     report = check_site(folder, load_plan(plan) if plan else None, site=site, look=look)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from client.data.kept import ImageStore
 from client.data.load import load_site
 from client.grant import Grant
 from client.ledger import Ledger
@@ -94,14 +95,22 @@ class Study:
         return dataclasses.replace(self.mechanism, seed=int.from_bytes(seed[:4], "big"))
 
 
-def open_study(folder: Path, state: Path, config: SiteConfig, plan: StudyPlan, initial: Arrays) -> Study:
-    """Load the site's data for `plan` and check that everything fits together.
+def open_study(
+    folder: Path,
+    state: Path,
+    config: SiteConfig,
+    plan: StudyPlan,
+    initial: Arrays,
+    *,
+    store: ImageStore | None = None,
+) -> Study:
+    """Load the site's data for `plan`, as far as `store` does not hold it, and check that everything fits together.
 
     Raises SiteUnfit for data that does not fit the plan, BadInstruction for parameters that do not fit its network,
     LedgerDamaged.
     """
     try:
-        data = load_site(folder, plan, site=config.name).of_split("train")
+        data = load_site(folder, plan, site=config.name, split="train", store=store)
     except DataError as error:
         raise SiteUnfit(str(error)) from None
     network, cost = build_model(plan.model, plan.task, ways=data.ways), plan_cost(plan, config.name)

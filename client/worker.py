@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from client import approval
+from client.data.kept import ImageStore
 from client.grant import Grant
 from client.journal import SiteJournal
 from client.ledger import Ledger
@@ -52,6 +53,7 @@ class Worker:
         self._times = ReplyTimes(held=not simulated)
         self._spent_at: tuple[tuple[int, str], float] = ((0, ""), 0.0)  # ledger head -> epsilon
         self._log = _site_log(state)
+        self._store = None if simulated else ImageStore(state, self._log)
         self._journal = SiteJournal(None) if simulated else SiteJournal.of(state)
 
     @property
@@ -148,7 +150,9 @@ class Worker:
 
     def _opened(self, plan: StudyPlan, initial: Arrays) -> Study:
         with self._times.held("", limit_s=ROLL_CALL_S):  # loading takes as long as there are images
-            self._studies[plan.digest] = open_study(self._folder, self._state, self._config, plan, initial)
+            self._studies[plan.digest] = open_study(
+                self._folder, self._state, self._config, plan, initial, store=self._store
+            )
         return self._studies[plan.digest]
 
     def _start_file(self, plan_digest: str) -> Path:

@@ -22,6 +22,7 @@ from client.discrete_noise import Lattice, _exp_minus, _exp_minus_half_square, d
 from client.grant import Grant
 from client.optimizer import PatientDPOptimizer, os_generator
 from client.private_data import Mechanism, Patients, PrivateDataset
+from client.selftest import require_self_test
 from common.accounting import plan_cost
 from common.params import Params, norm, subtract
 from common.plan import StudyPlan

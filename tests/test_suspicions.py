@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 from typer.testing import CliRunner
 
@@ -68,11 +70,45 @@ def test_an_altered_copy_is_told(how: str) -> None:
     assert found == ["manifest.csv:90: nearly the same image as manifest.csv:5, of another patient"]
 
 
-def test_copies_are_found_across_the_blocks_of_the_table_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("few", [1, 64], ids=["tables", "one by one"])
+def test_copies_are_found_across_the_blocks_of_the_table_of_pairs(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("client.data.suspicions._AT_ONCE", 4)
+    monkeypatch.setattr("client.data.suspicions._FEW", few)
     images = [row(n, body(n, 64), f"p{n}") for n in range(30)]
     found = seen(*images, *(row(100 + n, body(n, 64), f"copy{n}") for n in (0, 3, 4, 29)))
     assert [line.split(":")[1] for line in found] == ["100", "103", "104", "129"]
+
+
+def every_pair_compared(pictures: np.ndarray, patients: list[str]) -> list[str]:
+    """What the copies' definition says, word by word."""
+    steps = (np.diff(pictures.astype(int), axis=2) > 0).reshape(len(pictures), -1)
+    told = []
+    for late in range(len(pictures)):
+        for early in range(late):
+            near = np.count_nonzero(steps[late] != steps[early]) <= 16 and patients[late] != patients[early]
+            if near and np.corrcoef(pictures[late].ravel(), pictures[early].ravel())[0, 1] >= 0.98:
+                same = (pictures[late] == pictures[early]).all()
+                told.append(f"{late}: {'the same' if same else 'nearly the same'} image as {early}, of another patient")
+                break
+    return told
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 5, 40]), st.sampled_from([1, 6, 64]))
+@settings(max_examples=25, deadline=None)
+def test_what_is_told_is_what_comparing_all_pairs_tells(seed: int, people: int, few: int) -> None:
+    rng = np.random.default_rng(seed)
+    originals = rng.integers(0, 256, (6, 16, 17)) * (
+        rng.random((6, 1, 17)) < 0.6
+    )  # dark columns: bits that tell nothing
+    noise = rng.normal(0, 1, (60, 16, 17)) * rng.choice([0, 0.5, 1, 2, 4, 8], (60, 1, 1))
+    pictures = (originals[rng.integers(0, 6, 60)] + noise).clip(0, 255).astype(np.uint8)
+    patients = [f"p{n}" for n in rng.integers(0, people, 60)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("client.data.suspicions._FEW", few)
+        found = seen(*(row(n, pictures[n], patients[n]) for n in range(60)))
+    assert [line.removeprefix("manifest.csv:").replace("manifest.csv:", "") for line in found] == every_pair_compared(
+        pictures, patients
+    )
 
 
 def test_empty_images_are_told_and_are_nobodys_copies() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from client.data.kept import KeptImages
 from client.data.manifest import manifest_rows
 from client.data.npz import npz_rows
 from client.data.readers import UnreadableImageError, fit_image, fit_mask
@@ -35,38 +36,62 @@ class Target:
     where: RowFilter | None = None  # only these rows
     trains: bool = True
 
+    @property
+    def view(self) -> tuple[object, ...]:
+        """What decides which images take part and what becomes of their pixels, whatever their labels are called."""
+        masks = len(self.labels or ()) if self.kind == "segmentation" else 0
+        healthy = self.labels[0] if self.kind == "anomaly" and self.trains and self.labels else None
+        return self.image_size, self.channels, masks, healthy, self.where
+
     def wants(self, row: Row) -> bool:
         """Whether a row takes part: where anomalies are to be found, only healthy images train."""
         ill = self.labels is not None and row.label != self.labels[0]
         return not (self.kind == "anomaly" and self.trains and row.split == "train" and ill)
 
 
-def read_rows(folder: Path, config: SiteConfig, problems: list[Problem], target: Target | None = None) -> Iterator[Row]:
+def read_rows(
+    folder: Path,
+    config: SiteConfig,
+    problems: list[Problem],
+    target: Target | None = None,
+    kept: KeptImages | None = None,
+) -> Iterator[Row]:
     """The folder's usable rows that `target` asks for, with the hospital's labels translated; rows that cannot be used
-    add to `problems`."""
+    add to `problems`. What is `kept` is not read again."""
     kind: TaskKind = target.kind if target else "classification"
     labelled = kind != "segmentation"
     if config.manifest is not None:
-        rows = manifest_rows(folder, folder / config.manifest, problems, labelled=labelled)
+        rows = manifest_rows(folder, folder / config.manifest, problems, labelled=labelled, kept=kept)
     else:
-        rows = npz_rows(folder / str(config.npz), problems, labelled=labelled)
+        rows = npz_rows(folder / str(config.npz), problems, labelled=labelled, kept=kept)
     for row in one_split_each(rows, problems):
         if target is None or target.where is None or row.details.match(target.where):
-            yield dataclasses.replace(row, label=_translated(row.label, config.label_map, kind))
+            label = _translated(row.label, config.label_map, kind)
+            yield row if label == row.label else dataclasses.replace(row, label=label)
+        elif kept is not None:
+            kept.pass_over(row)
 
 
-def fit_rows(rows: Iterator[Row], target: Target, problems: list[Problem]) -> Iterator[Row]:
+def fit_rows(
+    rows: Iterator[Row], target: Target, problems: list[Problem], kept: KeptImages | None = None
+) -> Iterator[Row]:
     """The rows that fit and take part, `pixels` as uint8 (C, S, S) and `mask` as (S, S); those that do not fit add to
     `problems`."""
     for row in rows:
         found = [*_label_problems(row, target), *_modality_problems(row, target), *_mask_problems(row, target)]
         try:
-            pixels = fit_image(row.pixels, size=target.image_size, channels=target.channels)
+            pixels = (
+                row.pixels if row.fitted else fit_image(row.pixels, size=target.image_size, channels=target.channels)
+            )
         except UnreadableImageError as error:
             found.append(Problem(row.where, str(error), "export larger images"))
         problems += found
-        if not found and target.wants(row):
-            yield dataclasses.replace(row, pixels=pixels, mask=_fitted_mask(row.mask, target))
+        if found:
+            continue
+        if target.wants(row):
+            yield row if row.fitted else dataclasses.replace(row, pixels=pixels, mask=_fitted_mask(row.mask, target))
+        elif kept is not None:
+            kept.pass_over(row)
 
 
 def count_problems(folder: Path, rows: int, training_patients: int, target: Target | None) -> list[Problem]:
@@ -146,7 +171,7 @@ def _mask_problems(row: Row, target: Target) -> Iterator[Problem]:
     if row.mask is None:
         remedy = "give a black mask if nothing is to be marked; `sites make --masked-only` leaves such rows out"
         yield Problem(row.where, "this row has no mask", remedy)
-    elif len(target.labels) > 2 and row.mask.max() >= len(target.labels):
+    elif not row.fitted and len(target.labels) > 2 and row.mask.max() >= len(target.labels):
         meaning = ", ".join(f"{value} {label}" for value, label in enumerate(target.labels))
         yield Problem(row.where, f"the mask holds a value that is not below {len(target.labels)}", f"write {meaning}")
 

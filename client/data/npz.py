@@ -10,18 +10,21 @@ Rows whose has_mask is False have no mask, whatever masks holds there. Age in ye
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from client.data.kept import KeptImages
 from client.data.readers import UnreadableImageError, to_uint8
-from client.data.rows import DETAILS, SPLIT_WORDS, SPLITS, Details, Row, read_details
+from client.data.rows import DETAILS, NO_PIXELS, SPLIT_WORDS, SPLITS, Details, Row, Source, read_details
 from common.errors import Problem
 
 _PARTS = ("train", "val", "test")
+_PIXELS = ("images", "masks")  # how the names of large arrays end
 _PER_ROW = ("labels", "patient_ids", "split", "site", *DETAILS)
 
 Arrays = dict[str, np.ndarray]
@@ -51,9 +54,10 @@ class NpzTable:
         return f"{self.path} row {row}"
 
 
-def read_npz(path: Path, problems: list[Problem], *, labelled: bool = True) -> NpzTable | None:
-    """The file's columns, or None with the reasons added to `problems`. Unless `labelled`, every label is empty."""
-    arrays = _load(path, problems)
+def read_npz(path: Path, problems: list[Problem], *, labelled: bool = True, pixels: bool = True) -> NpzTable | None:
+    """The file's columns, or None with the reasons added to `problems`. Unless `labelled`, every label is empty; unless
+    `pixels`, every pixel is 0 and takes no memory."""
+    arrays = _load(path, problems, pixels=pixels)
     if arrays is None:
         return None
     medmnist = "train_images" in arrays
@@ -83,9 +87,13 @@ def read_npz(path: Path, problems: list[Problem], *, labelled: bool = True) -> N
     )
 
 
-def npz_rows(path: Path, problems: list[Problem], *, labelled: bool = True) -> Iterator[Row]:
+def npz_rows(
+    path: Path, problems: list[Problem], *, labelled: bool = True, kept: KeptImages | None = None
+) -> Iterator[Row]:
     """Each row that can be used; every other row adds to `problems`. `labelled`: each must have a label."""
-    table = read_npz(path, problems, labelled=labelled)
+    source = Source.of(str(path.resolve())) if kept is not None else None
+    hollow = kept is not None and kept.holds_any
+    table = read_npz(path, problems, labelled=labelled, pixels=not hollow)
     if table is None:
         return
     for index in range(len(table)):
@@ -96,22 +104,37 @@ def npz_rows(path: Path, problems: list[Problem], *, labelled: bool = True) -> I
         if not table.patients[index]:
             problems.append(Problem(table.where(index), "the patient's id is empty", "give every row a pseudonym"))
             continue
+        label, patient, details = table.labels[index], table.patients[index], table.details[index]
+        row = Row(table.where(index), NO_PIXELS, label, patient, split, None, details)
+        masked = table.masks is not None and bool(table.has_mask[index])
+        if kept is not None:
+            row = kept.found(row, source, place=str(index), masked=masked)
+        if row.fitted:
+            yield row
+            continue
+        if hollow:
+            hollow, whole = False, read_npz(path, [], labelled=labelled)
+            if whole is None or source is None or Source.of(*source.files) != source:
+                problems.append(Problem(str(path), "was changed while it was read", "try again"))
+                return
+            table = whole
         try:
             pixels = to_uint8(table.images[index])
         except UnreadableImageError as error:
             problems.append(Problem(table.where(index), f"image: {error}", "mend or leave out the row"))
             continue
-        mask = table.masks[index] if table.masks is not None and table.has_mask[index] else None
-        label, patient, details = table.labels[index], table.patients[index], table.details[index]
-        yield Row(table.where(index), pixels, label, patient, split, mask, details)
+        mask = table.masks[index] if masked and table.masks is not None else None
+        yield dataclasses.replace(row, pixels=pixels, mask=mask)
 
 
-def _load(path: Path, problems: list[Problem]) -> Arrays | None:
+def _load(path: Path, problems: list[Problem], *, pixels: bool) -> Arrays | None:
     try:
         with np.load(path, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise zipfile.BadZipFile
-            return {name: archive[name] for name in archive.files}
+            large = () if pixels else (name for name in archive.files if name.endswith(_PIXELS))
+            hollow = {name: array for name in large if (array := _hollow(path, name)) is not None}
+            return {name: hollow[name] if name in hollow else archive[name] for name in archive.files}
     except FileNotFoundError:
         problems.append(Problem(str(path), "there is no such file", "check the path"))
     except ValueError as error:
@@ -123,6 +146,22 @@ def _load(path: Path, problems: list[Problem]) -> Arrays | None:
     except Exception:  # zipfile, zlib and numpy raise many types on a damaged archive
         problems.append(Problem(str(path), "is damaged, or not an npz file", "write it with numpy.savez_compressed"))
     return None
+
+
+def _hollow(path: Path, name: str) -> np.ndarray | None:
+    """Zeros of the array's shape and type that take no memory; None for what is not numbers."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    return None if dtype.hasobject else np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def _one_after_another(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Of one shape but for their lengths."""
+    if any(arrays[0].strides) or not arrays[0].size:
+        return np.concatenate(arrays)
+    return np.broadcast_to(np.zeros((), np.result_type(*arrays)), (sum(map(len, arrays)), *arrays[0].shape[1:]))
 
 
 def _pool_parts(path: Path, arrays: Arrays, problems: list[Problem]) -> Arrays:
@@ -138,7 +177,7 @@ def _pool_parts(path: Path, arrays: Arrays, problems: list[Problem]) -> Arrays:
     if bare or unequal or len(shapes) > 1:
         return {}
     split = np.concatenate([np.full(len(arrays[f"{part}_images"]), part) for part in parts])
-    pooled = {name: np.concatenate([arrays[f"{part}_{name}"] for part in parts]) for name in ("images", "labels")}
+    pooled = {name: _one_after_another([arrays[f"{part}_{name}"] for part in parts]) for name in ("images", "labels")}
     names = {name: arrays[name] for name in ("label_names",) if name in arrays}
     return {**pooled, **names, "split": split, "patient_ids": np.arange(len(split))}
 
@@ -161,7 +200,7 @@ def _is_whole(path: Path, arrays: Arrays, problems: list[Problem]) -> bool:
     if masks is not None and (masks.dtype not in (np.uint8, np.bool_) or masks.shape[1:] != images.shape[1:3]):
         found.append(f"masks is {masks.dtype} {masks.shape}; allowed: uint8 or bool, the images' (n, H, W)")
     elif masks is not None:
-        arrays["masks"] = masks.astype(np.uint8)
+        arrays["masks"] = masks.view(np.uint8)
     if "has_mask" in arrays and (arrays["has_mask"].dtype != np.bool_ or arrays["has_mask"].ndim != 1):
         found.append(f"has_mask is {arrays['has_mask'].dtype} {arrays['has_mask'].shape}; allowed: bool, one a row")
     if "has_mask" in arrays and masks is None:

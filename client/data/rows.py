@@ -6,7 +6,9 @@ and never quotes a cell of the manifest: a path, a label or a pseudonym in an er
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,11 +22,13 @@ SPLIT_WORDS = "'train', 'val' (counted as train: nothing is tuned on a site's va
 
 DETAILS = ("modality", "age", "sex", "scanner")
 
+NO_PIXELS = np.zeros((0, 0), dtype=np.uint8)  # of a row that was not read
+
 _SHOWN = 20
 _OLDEST = 130  # years
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Details:
     """What else is known of an image; empty or nan where it is not."""
 
@@ -45,7 +49,36 @@ class Details:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Files as they stand at one moment."""
+
+    files: tuple[str, ...]
+    key: bytes  # of path, size, inode, mtime and ctime of each
+    newest_ns: int  # when the last of them was changed
+
+    @classmethod
+    def of(cls, *files: str) -> Source | None:
+        """None if one is not there."""
+        try:
+            stats = [os.stat(file) for file in files]
+        except (OSError, ValueError):
+            return None
+        facts = [(s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
+        key = hashlib.blake2b(repr((files, facts)).encode(errors="surrogateescape"), digest_size=16).digest()
+        return cls(files, key, max(max(s.st_mtime_ns, s.st_ctime_ns) for s in stats))
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an image came from."""
+
+    source: Source  # before it was read
+    key: bytes  # of the source and the image's place in it
+    told: tuple[str, str, Details]  # label, split and details, as the site tells them
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One image and what is known of it."""
 
@@ -56,6 +89,8 @@ class Row:
     split: str  # "train" or "test"
     mask: np.ndarray | None  # uint8 (H, W), 0 = background
     details: Details = Details()
+    origin: Origin | None = None  # None where nothing is kept
+    fitted: bool = False  # `pixels` and `mask` are those of an earlier start, fitted to the plan
 
 
 def read_details(where: str, *, modality: str, age: str, sex: str, scanner: str, problems: list[Problem]) -> Details:
@@ -69,13 +104,13 @@ def read_details(where: str, *, modality: str, age: str, sex: str, scanner: str,
 
 def one_split_each(rows: Iterator[Row], problems: list[Problem]) -> Iterator[Row]:
     """The same rows; notes every patient who stands in two splits, once."""
-    first: dict[str, Row] = {}
+    first: dict[str, tuple[str, str]] = {}
     told: set[str] = set()
     for row in rows:
-        earlier = first.setdefault(row.patient, row)
-        if earlier.split != row.split and row.patient not in told:
+        split, where = first.setdefault(row.patient, (row.split, row.where))
+        if split != row.split and row.patient not in told:
             told.add(row.patient)
-            what = f"this patient is in split '{row.split}' here and in '{earlier.split}' at {earlier.where}"
+            what = f"this patient is in split '{row.split}' here and in '{split}' at {where}"
             problems.append(Problem(row.where, what, "put all images of a patient into one split"))
         yield row
 
