@@ -24,6 +24,7 @@ from opacus.optimizers.optimizer import DPOptimizer
 from torch import Tensor
 
 from client.discrete_noise import Lattice
+from common.timing import timed
 
 _MARGIN = 1e-6  # relative; keeps a clipped float32 gradient at or below C
 
@@ -73,6 +74,7 @@ class PatientDPOptimizer(DPOptimizer):
     def _lattice(self) -> Lattice | None:
         return Lattice(self.noise_multiplier * self.max_grad_norm) if self._discrete else None
 
+    @timed("noise")
     def add_noise(self) -> None:
         """`p.grad` = (clipped sum + Normal(0, (z C)^2 I)) / scale; noise is drawn on the CPU on every device."""
         std, lattice = self.noise_multiplier * self.max_grad_norm, self._lattice
@@ -88,6 +90,7 @@ class PatientDPOptimizer(DPOptimizer):
         """State the patient of each row (int64, (n,)) of the next physical batch."""
         self._patients = patients
 
+    @timed("clip")
     def clip_and_accumulate(self) -> None:
         """Mean per patient, clip to max_grad_norm over all parameters together, add to `summed_grad`.
 

@@ -7,10 +7,12 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from client.data.dataset import SiteData
 from client.data.load import load_site
 from client.grant import Grant
 from client.ledger import Ledger
@@ -26,6 +28,13 @@ from common.params import Arrays, Params, add, digest, select, to_arrays, to_ten
 from common.plan import StudyPlan
 from common.starting_point import starting, travelling
 from common.tasks import task_of
+from common.timing import timed
+
+
+class Load(Protocol):
+    """`client.data.load.load_site`, or what gives several studies the same images."""
+
+    def __call__(self, folder: Path, plan: StudyPlan, *, site: str) -> SiteData: ...
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class Study:
             raise BadInstruction("a roster, and the plan has no secure sum")
         return None if self.masking is None else self.masking.masks(roster, round)
 
+    @timed("accounting")
     def charge(self, round: int) -> Grant:
         """Spend the budget of one round; without privacy, leave to ask as many queries as the plan has."""
         if self.ledger is None or self.event is None:
@@ -93,14 +103,24 @@ class Study:
         return dataclasses.replace(self.mechanism, seed=int.from_bytes(seed[:4], "big"))
 
 
-def open_study(folder: Path, state: Path, config: SiteConfig, plan: StudyPlan, initial: Arrays) -> Study:
+@timed("load")
+def open_study(
+    folder: Path,
+    state: Path,
+    config: SiteConfig,
+    plan: StudyPlan,
+    initial: Arrays,
+    *,
+    load: Load = load_site,
+    durable_releases: bool = True,
+) -> Study:
     """Load the site's data for `plan` and check that everything fits together.
 
     Raises SiteUnfit for data that does not fit the plan, BadInstruction for parameters that do not fit its network,
     LedgerDamaged.
     """
     try:
-        data = load_site(folder, plan, site=config.name).of_split("train")
+        data = load(folder, plan, site=config.name).of_split("train")
     except DataError as error:
         raise SiteUnfit(str(error)) from None
     network, cost = build_model(plan.model, plan.task, ways=data.ways), plan_cost(plan, config.name)
@@ -117,7 +137,7 @@ def open_study(folder: Path, state: Path, config: SiteConfig, plan: StudyPlan, i
         mechanism=mechanism_of(plan, cost),
         event=_event(plan, cost),
         ledger=_ledger(state, config, plan),
-        releases=ReleaseStore(state / "releases" / plan.digest),
+        releases=ReleaseStore(state / "releases" / plan.digest, durable=durable_releases),
         masking=open_masking(state, config, plan),
     )
 

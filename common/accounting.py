@@ -17,10 +17,12 @@ from typing import Any
 
 from common.errors import PlanError, Problem
 from common.plan import PrivacySpec, StudyPlan
+from common.timing import timed
 
 _DISCRETISATION = 1e-3  # of the privacy loss
 _HOPELESS = 100.0  # an RDP epsilon above this is returned as it is: PLD takes minutes there, and nothing is promised
 _RDP_ORDERS = (*(1 + x / 10 for x in range(10, 99)), *range(11, 64), 128, 256, 512, 1024)  # below 2 few converge
+_FEW_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 63)
 _HIGHEST_ORDER = 4096  # of a filter
 _LEAST_NOISE, _MOST_NOISE = 100, 10_000_000  # thousandths: where a noise multiplier is looked for
 
@@ -106,27 +108,38 @@ def filter_order(*, epsilon: float, delta: float) -> int:
 def noise_multiplier_for(*, epsilon: float, delta: float, sample_rate: float, count: int) -> float:
     """The smallest z, in steps of 0.001, at which `count` queries cost at most `epsilon`; inf for no query.
 
-    Bisection over `epsilon` itself, so that what is solved for is what is charged.
+    Over `epsilon` itself, so that what is solved for is what is charged: each step tries where the line through the two
+    sides, log epsilon over log z, says that they meet, and one thousandth beyond, so that both sides close in.
 
     Raises ValueError if no z up to about 10 000 is enough.
     """
     if count == 0:
         return math.inf
 
-    def too_dear(thousandths: int) -> bool:
-        return _epsilon(((sample_rate, thousandths / 1000, count),), _checked(delta)) > epsilon
+    def excess(thousandths: int) -> float:
+        return math.log(_epsilon(((sample_rate, thousandths / 1000, count),), _checked(delta)) / epsilon)
 
     low, high = _LEAST_NOISE, 1000
-    while too_dear(high):
-        low, high = high, 2 * high
-        if high > _MOST_NOISE:
+    above, below = math.inf, excess(high)
+    while below > 0:
+        low, high, above = high, 2 * high, below
+        if high <= _MOST_NOISE:
+            below = excess(high)
+        else:
             raise ValueError(
                 f"epsilon {epsilon:g} at delta {delta:.3g} cannot be reached by {count} queries at sample rate"
                 f" {sample_rate:g}: even a noise multiplier of {low / 1000:,.0f} costs more"
             )
+    beyond = 0
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if too_dear(middle) else (low, middle)
+        share = above / (above - below) if above < math.inf else 0.5
+        meets = round(low * (high / low) ** share)
+        tried = min(max(meets + beyond, low + 1), high - 1)
+        found = excess(tried)
+        if found > 0:
+            low, above, beyond = tried, found, 1
+        else:
+            high, below, beyond = tried, found, -1
     return high / 1000
 
 
@@ -138,6 +151,7 @@ def queries_per_round(plan: StudyPlan) -> int:
     return queries + int(plan.monitored and queries > 0)
 
 
+@timed("accounting")
 def plan_cost(plan: StudyPlan, site: str) -> PrivacyCost | None:
     """What the whole study costs a patient of `site`; None for a plan without privacy.
 
@@ -211,8 +225,35 @@ def _checked(delta: float) -> float:
 def _epsilon(groups: tuple[Group, ...], delta: float) -> float:
     if not groups:
         return 0.0
-    bound = _epsilon_rdp(groups, delta)
-    return bound if bound > _HOPELESS else _composed(_pld_accountant(), groups, delta)
+    if _epsilon_rdp(groups, delta, _FEW_ORDERS) > _HOPELESS:  # the bound of all orders is no higher
+        bound = _epsilon_rdp(groups, delta)
+        if bound > _HOPELESS:
+            return bound
+    return _epsilon_pld(groups, delta)
+
+
+def _epsilon_pld(groups: tuple[Group, ...], delta: float) -> float:
+    from dp_accounting.pld import privacy_loss_distribution
+
+    total = privacy_loss_distribution.identity(value_discretization_interval=_DISCRETISATION)
+    for group in groups:
+        total = total.compose(_pld_of(*group))
+    return float(total.get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=32)
+def _pld_of(q: float, z: float, count: int) -> Any:
+    """Of `count` queries. What a ledger held before this round is not composed again."""
+    return _pld_of_one(q, z).self_compose(count)
+
+
+@lru_cache(maxsize=32)
+def _pld_of_one(q: float, z: float) -> Any:
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        z, value_discretization_interval=_DISCRETISATION, sampling_prob=q, neighboring_relation=_zero_out()
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -221,19 +262,10 @@ def _epsilon_rdp(groups: tuple[Group, ...], delta: float, orders: tuple[float, .
 
     if not groups:
         return 0.0
-    return _composed(RdpAccountant(orders, _zero_out()), groups, delta)
-
-
-def _composed(accountant: Any, groups: tuple[Group, ...], delta: float) -> float:
+    accountant = RdpAccountant(orders, _zero_out())
     for q, z, count in groups:
         accountant.compose(_dp_event(q, z, count))
     return float(accountant.get_epsilon(delta))
-
-
-def _pld_accountant() -> Any:
-    from dp_accounting.pld import PLDAccountant
-
-    return PLDAccountant(_zero_out(), value_discretization_interval=_DISCRETISATION)
 
 
 def _zero_out() -> Any:

@@ -18,6 +18,7 @@ import torch
 from common.files import write_atomically
 from common.params import Params
 from common.plan import StudyPlan
+from common.timing import timed
 from common.trials import CEILING, Kind, Trial
 from server.simulation import SiteData, evaluate_ceiling, evaluate_start
 
@@ -39,6 +40,7 @@ class Measurement:
         return f"{self.arm} at {self.target}"
 
 
+@timed("evaluation")
 def measure(measurement: Measurement) -> list[Trial]:
     """The measurement's trials, from disk if they are there."""
     if measurement.path.exists():
