@@ -109,7 +109,8 @@ def noise_multiplier_for(*, epsilon: float, delta: float, sample_rate: float, co
     """The smallest z, in steps of 0.001, at which `count` queries cost at most `epsilon`; inf for no query.
 
     Over `epsilon` itself, so that what is solved for is what is charged: each step tries where the line through the two
-    sides, log epsilon over log z, says that they meet, and one thousandth beyond, so that both sides close in.
+    sides, log epsilon over log z, says that they meet, and one thousandth beyond, so that both sides close in; each
+    fourth halves what is left, whatever the line says.
 
     Raises ValueError if no z up to about 10 000 is enough.
     """
@@ -117,7 +118,8 @@ def noise_multiplier_for(*, epsilon: float, delta: float, sample_rate: float, co
         return math.inf
 
     def excess(thousandths: int) -> float:
-        return math.log(_epsilon(((sample_rate, thousandths / 1000, count),), _checked(delta)) / epsilon)
+        found = _epsilon(((sample_rate, thousandths / 1000, count),), _checked(delta))
+        return math.log(max(found, 1e-12) / epsilon)  # very much noise costs 0
 
     low, high = _LEAST_NOISE, 1000
     above, below = math.inf, excess(high)
@@ -130,9 +132,10 @@ def noise_multiplier_for(*, epsilon: float, delta: float, sample_rate: float, co
                 f"epsilon {epsilon:g} at delta {delta:.3g} cannot be reached by {count} queries at sample rate"
                 f" {sample_rate:g}: even a noise multiplier of {low / 1000:,.0f} costs more"
             )
-    beyond = 0
+    beyond, tries = 0, 0
     while high - low > 1:
-        share = above / (above - below) if above < math.inf else 0.5
+        tries += 1
+        share = above / (above - below) if above < math.inf and tries % 4 else 0.5
         meets = round(low * (high / low) ** share)
         tried = min(max(meets + beyond, low + 1), high - 1)
         found = excess(tried)

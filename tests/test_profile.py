@@ -1,4 +1,4 @@
-"""Where a round's time went: spans of all processes, what is left of each without what lies deeper, shares of a whole."""
+"""Where a round's time went: spans of all processes, each without what lies deeper, and shares of a whole."""
 
 from __future__ import annotations
 
