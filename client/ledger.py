@@ -18,7 +18,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,10 +97,12 @@ class Chain:
 
 @dataclass(frozen=True)
 class Ledger:
-    """An open ledger. Every call reads and verifies the whole chain: nothing is cached between calls."""
+    """An open ledger. Every call reads the whole chain: rows that are word for word those that this object verified
+    before are not hashed again, and nothing else is remembered between calls."""
 
     folder: Path
     terms: Terms
+    _verified: list[Chain] = field(default_factory=list, init=False, repr=False, compare=False)  # the last one
 
     @staticmethod
     def open(folder: Path, terms: Terms) -> Ledger:
@@ -185,7 +187,8 @@ class Ledger:
     def _read(self, connection: sqlite3.Connection) -> Chain:
         """Every row, after checking the chain, the terms and what was noted of it."""
         file = self.folder / FILE
-        chain = verified_chain(_rows(connection), file)
+        chain = verified_chain(_rows(connection), file, known=next(iter(self._verified), None))
+        self._verified[:] = [chain]
         if chain.terms != self.terms:
             raise LedgerDamaged(f"{file} was opened with {chain.terms}, not with {self.terms}")
         for rows, head in noted_rows(self.folder):
@@ -278,12 +281,18 @@ def _rows(connection: sqlite3.Connection) -> tuple[Row, ...]:
     return tuple(connection.execute("SELECT number, study, round, body, hash FROM entry ORDER BY number"))
 
 
-def verified_chain(rows: tuple[Row, ...], file: Path) -> Chain:
-    """What `rows` say, if each is chained to the one before it. Raises LedgerDamaged."""
+def verified_chain(rows: tuple[Row, ...], file: Path, *, known: Chain | None = None) -> Chain:
+    """What `rows` say, if each is chained to the one before it. Raises LedgerDamaged.
+
+    Rows that `known` begins with are not looked at again if they are the same: a round costs its own rows, not all.
+    """
     if not rows:
         raise LedgerDamaged(f"{file} holds no opening row")
-    head, last, charges = _START, 0.0, []
-    for position, (number, study, round_, body, digest) in enumerate(rows):
+    head, last, charges, begin = _START, 0.0, [], 0
+    if known is not None and rows[: len(known.rows)] == known.rows:
+        head, charges, begin = known.head[1], list(known.charges), len(known.rows)
+        last = charges[-1].time if charges else 0.0
+    for position, (number, study, round_, body, digest) in enumerate(rows[begin:], start=begin):
         if number != position or digest != _hash(number, head, body):
             raise LedgerDamaged(f"{file}: row {position} was changed, or a row is missing")
         head = digest

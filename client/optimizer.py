@@ -25,6 +25,7 @@ from torch import Tensor
 
 from client.discrete_noise import Lattice
 from client.patient_gradients import Grouping, Shares
+from common.timing import timed
 
 _MARGIN = 1e-6  # relative; keeps a clipped float32 gradient at or below C
 
@@ -110,6 +111,7 @@ class PatientDPOptimizer(DPOptimizer):
             parameter.grad = parameter.summed_grad = None
         return released
 
+    @timed("clip")
     def clip_and_accumulate(self) -> None:
         """Clip each patient's mean to max_grad_norm over all parameters together, add to `summed_grad`.
 
@@ -133,6 +135,7 @@ class PatientDPOptimizer(DPOptimizer):
         for parameter, total in zip(self._trained, sums, strict=True):
             parameter.summed_grad = total
 
+    @timed("noise")
     def add_noise(self) -> None:
         """`p.grad` = (clipped sum + Normal(0, (z C)^2 I)) / scale; noise is drawn on the CPU on every device."""
         std, lattice = self.noise_multiplier * self.max_grad_norm, self._lattice

@@ -30,6 +30,7 @@ from common.learner import Learner
 from common.models import HEAD, Network, parameters, refuse_batch_norm
 from common.params import Params, zeros_like
 from common.tasks import Task
+from common.timing import timed
 
 _TOGETHER = 64  # episodes in one vmap on a GPU: the bound of its memory
 
@@ -54,6 +55,7 @@ class Mechanism:
         """Where contributions to a query of this sensitivity lie; None without discrete noise."""
         return Lattice(self.noise_multiplier * sensitivity) if self.discrete else None
 
+    @timed("noise")
     def noise(self, shape: Sequence[int], *, sensitivity: float, generator: torch.Generator) -> Tensor:
         """float64 noise of std z * sensitivity."""
         if (lattice := self.lattice(sensitivity=sensitivity)) is not None:
@@ -232,6 +234,7 @@ class PrivateDataset:
     def public(self) -> Params:
         return self._patients.public
 
+    @timed("forward/backward")
     def gradient(self, params: Params, fixed: Params | None = None) -> Params:
         """Noisy mean over patients of the gradient of the task's loss at `params`; one entry per name.
 
@@ -242,6 +245,7 @@ class PrivateDataset:
                 return self._plain_gradient(params, self._mechanism)
             return self._private_gradient(params, self._mechanism)
 
+    @timed("forward/backward")
     def episode_gradient(self, params: Params, meta_loss: MetaLoss, fixed: Params | None = None) -> Params:
         """Noisy mean over m episodes of the gradient of `meta_loss` at `params`; one entry per name.
 
@@ -266,6 +270,7 @@ class PrivateDataset:
                 return _mean(gradients, params)
             return self._noisy_sum_of_episodes(gradients, params, self._mechanism, generator)
 
+    @timed("forward/backward")
     def class_sums(self, params: Params) -> ClassSums:
         """Noisy sums over patients of the means of their images' features by class, divided by B.
 
@@ -297,6 +302,7 @@ class PrivateDataset:
         """
         return float(self.statistic(params, self._patients.task.score)[0])
 
+    @timed("forward/backward")
     def statistic(self, params: Params, fn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Noisy mean over patients of fn(outputs, targets), (n,) or (n, k) in [0, 1], averaged inside the patient.
 
@@ -463,6 +469,7 @@ def _forward(network: nn.Module, inputs: Tensor, at_once: int) -> Tensor:
     return torch.cat([network(some) for some in inputs.split(at_once)])
 
 
+@timed("clip")
 def clip_to(params: Params, limit: float, lattice: Lattice | None = None) -> Params:
     """`params` (float64) cut to norm `limit` over all names together, and on the lattice if there is one; all zero if
     any number is not finite."""
@@ -476,6 +483,7 @@ def clip_to(params: Params, limit: float, lattice: Lattice | None = None) -> Par
     return clipped if lattice is None else {name: lattice.rounded(value) for name, value in clipped.items()}
 
 
+@timed("clip")
 def _sum_of_patients(values: Tensor, patient: Tensor, radius: float, lattice: Lattice | None = None) -> Tensor:
     """Sum over patients of the mean of their rows of `values` (n, k), each cut to norm `radius` and on the lattice if
     there is one; one that is not finite adds 0. float64 (k,)."""

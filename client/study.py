@@ -7,11 +7,12 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from client.data.kept import ImageStore
+from client.data.dataset import SiteData
 from client.data.load import load_site
 from client.grant import Grant
 from client.ledger import Ledger
@@ -27,6 +28,13 @@ from common.params import Arrays, Params, add, digest, select, to_arrays, to_ten
 from common.plan import StudyPlan
 from common.starting_point import starting, travelling
 from common.tasks import task_of
+from common.timing import timed
+
+
+class Load(Protocol):
+    """`client.data.load.load_site`, or what gives several studies the same images."""
+
+    def __call__(self, folder: Path, plan: StudyPlan, *, site: str, split: str | None) -> SiteData: ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class Study:
             raise BadInstruction("a roster, and the plan has no secure sum")
         return None if self.masking is None else self.masking.masks(roster, round)
 
+    @timed("accounting")
     def charge(self, round: int, *, journal: str = "") -> Grant:
         """Spend the budget of one round, after the `journal`'s last line; without privacy, leave to ask as many queries
         as the plan has."""
@@ -95,6 +104,7 @@ class Study:
         return dataclasses.replace(self.mechanism, seed=int.from_bytes(seed[:4], "big"))
 
 
+@timed("load")
 def open_study(
     folder: Path,
     state: Path,
@@ -102,15 +112,16 @@ def open_study(
     plan: StudyPlan,
     initial: Arrays,
     *,
-    store: ImageStore | None = None,
+    load: Load = load_site,
+    durable_releases: bool = True,
 ) -> Study:
-    """Load the site's data for `plan`, as far as `store` does not hold it, and check that everything fits together.
+    """Load the site's data for `plan` and check that everything fits together.
 
     Raises SiteUnfit for data that does not fit the plan, BadInstruction for parameters that do not fit its network,
     LedgerDamaged.
     """
     try:
-        data = load_site(folder, plan, site=config.name, split="train", store=store)
+        data = load(folder, plan, site=config.name, split="train")
     except DataError as error:
         raise SiteUnfit(str(error)) from None
     network, cost = build_model(plan.model, plan.task, ways=data.ways), plan_cost(plan, config.name)
@@ -134,7 +145,7 @@ def open_study(
         mechanism=mechanism_of(plan, cost),
         event=_event(plan, cost),
         ledger=_ledger(state, config, plan),
-        releases=ReleaseStore(state / "releases" / plan.digest),
+        releases=ReleaseStore(state / "releases" / plan.digest, durable=durable_releases),
         masking=open_masking(state, config, plan),
     )
 

@@ -7,15 +7,18 @@ Whatever goes wrong leaves the site as a code and a data-free reason; the rest g
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from client import approval
 from client.data.kept import ImageStore
+from client.data.load import load_site
 from client.grant import Grant
 from client.journal import SiteJournal
 from client.ledger import Ledger
@@ -24,7 +27,7 @@ from client.membership import membership_of
 from client.reply_time import ROLL_CALL_S, ReplyTimes
 from client.selftest import require_self_test
 from client.site import load_site_config
-from client.study import Outcome, Study, open_study
+from client.study import Load, Outcome, Study, open_study
 from common.accounting import queries_per_round
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.errors import BadInstruction, InternalFailure, PrivacyRequired, Refusal, UntrustedDocument, UsageError
@@ -32,6 +35,7 @@ from common.keys import STUDY, SignedDocument
 from common.params import Arrays, to_arrays, to_tensors
 from common.plan import StudyPlan, plan_from_json
 from common.records import PrepareInstruction, SiteReply, TrainInstruction, software_version
+from common.timing import timed
 
 LOG = "site.log"
 
@@ -40,12 +44,12 @@ class Worker:
     """One site's data, ledger and device; warm between rounds.
 
     `state` holds what the site must keep: ledger, approvals, releases, log. `simulated` allows plans without privacy
-    and approves what it is sent.
+    and takes what it is sent for approved; `load` may then share images between workers.
 
     Raises SelfTestFailed where private queries are not what they are charged as.
     """
 
-    def __init__(self, folder: Path, *, state: Path, simulated: bool = False) -> None:
+    def __init__(self, folder: Path, *, state: Path, simulated: bool = False, load: Load | None = None) -> None:
         require_self_test(None if simulated else state)
         self._folder, self._state, self._simulated = folder, state, simulated
         self._config = load_site_config(folder)
@@ -53,7 +57,8 @@ class Worker:
         self._times = ReplyTimes(held=not simulated)
         self._spent_at: tuple[tuple[int, str], float] = ((0, ""), 0.0)  # ledger head -> epsilon
         self._log = _site_log(state)
-        self._store = None if simulated else ImageStore(state, self._log)
+        store = None if simulated else ImageStore(state, self._log)
+        self._load = load or functools.partial(load_site, store=store)
         self._journal = SiteJournal(None) if simulated else SiteJournal.of(state)
 
     @property
@@ -62,8 +67,7 @@ class Worker:
 
     def prepare(self, instruction: PrepareInstruction) -> SiteReply:
         """Check the plan against approval and data, and get ready for its rounds."""
-        digest = hashlib.sha256(instruction.plan_json.encode(errors="replace")).hexdigest()
-        return self._answer(digest, lambda: self._prepare(instruction))
+        return self._answer(_sha256(instruction.plan_json), lambda: self._prepare(instruction))
 
     def train(self, instruction: TrainInstruction) -> SiteReply:
         """The site's release for one round: charged and computed once, sent as often as it is asked for."""
@@ -74,9 +78,7 @@ class Worker:
         if sent.privacy is None and not (self._simulated or self._config.phantom):
             raise PrivacyRequired(f"plan {sent.digest[:12]}")
         require_within(self._config, sent)
-        if self._simulated:
-            approval.approve(self._state, sent, by="simulation")
-        plan = approval.require(self._state, sent.digest)
+        plan = sent if self._simulated else approval.require(self._state, sent.digest)
         study = self._opened(plan, instruction.initial)
         _require_seen(study.ledger, instruction)
         if not self._simulated:  # a worker that starts again goes on by itself
@@ -106,7 +108,7 @@ class Worker:
                 self._journal.asked(plan, document)
             return plan
         try:
-            return plan_from_json(instruction.plan_json)
+            return _plan_in(instruction.plan_json)
         except ValueError as error:
             raise BadInstruction(f"the plan cannot be read: {error}") from None
 
@@ -131,9 +133,9 @@ class Worker:
 
     def _verified(self, instruction: TrainInstruction) -> Study:
         """The prepared and approved study that fits the instruction."""
-        plan = approval.require(self._state, instruction.plan_digest)
+        plan = None if self._simulated else approval.require(self._state, instruction.plan_digest)
         require_open(self._config.limits)
-        study = self._studies.get(plan.digest) or self._reopened(plan)
+        study = self._studies.get(instruction.plan_digest) or (self._reopened(plan) if plan else None)
         if study is None or study.initial_digest != instruction.initial_digest:
             raise BadInstruction("this study was not prepared, or from other parameters")
         if not 1 <= instruction.round <= study.plan.rounds:
@@ -151,7 +153,13 @@ class Worker:
     def _opened(self, plan: StudyPlan, initial: Arrays) -> Study:
         with self._times.held("", limit_s=ROLL_CALL_S):  # loading takes as long as there are images
             self._studies[plan.digest] = open_study(
-                self._folder, self._state, self._config, plan, initial, store=self._store
+                self._folder,
+                self._state,
+                self._config,
+                plan,
+                initial,
+                load=self._load,
+                durable_releases=not self._simulated,
             )
         return self._studies[plan.digest]
 
@@ -172,13 +180,14 @@ class Worker:
             "rounds_charged": rows,
         }
 
+    @timed("accounting")
     def _spent(self, ledger: Ledger | None) -> tuple[tuple[int, str], float]:
         """(the ledger's head, epsilon of all its charges): seconds of work, done once for each row."""
         if ledger is None:
             return (0, ""), 0.0
-        known, head = self._spent_at, ledger.head()
-        if known[0] != head:
-            known = self._spent_at = head, ledger.spent()
+        known, chain = self._spent_at, ledger.chain()
+        if known[0] != chain.head:
+            known = self._spent_at = chain.head, ledger.terms.spent(charge.event for charge in chain.charges)
         return known
 
     def _reply(self, study: Study, round: int, outcome: Outcome, grant: Grant, *, seconds: float) -> SiteReply:
@@ -225,6 +234,17 @@ class Worker:
             self._log.exception("the journal lacks this refusal")
 
 
+@lru_cache(maxsize=4)  # the sites of a simulation are sent the very same text
+def _plan_in(text: str) -> StudyPlan:
+    return plan_from_json(text)
+
+
+@lru_cache(maxsize=4)
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
+
+
+@timed("accounting")
 def _require_seen(ledger: Ledger | None, instruction: PrepareInstruction | TrainInstruction) -> None:
     """Raise LedgerRolledBack, before anything is charged, if the lab saw rows that this ledger does not hold."""
     if ledger is not None and instruction.ledger_head:

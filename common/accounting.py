@@ -18,6 +18,7 @@ from typing import Any
 
 from common.errors import PlanError, Problem
 from common.plan import PrivacySpec, StudyPlan
+from common.timing import timed
 
 _DISCRETISATION = 1e-3  # of the privacy loss
 _HOPELESS = 100.0  # an RDP epsilon above this is returned as it is: PLD takes minutes there, and nothing is promised
@@ -164,6 +165,7 @@ def queries_per_round(plan: StudyPlan) -> int:
     return queries + int(plan.monitored and queries > 0)
 
 
+@timed("accounting")
 def plan_cost(plan: StudyPlan, site: str) -> PrivacyCost | None:
     """What the whole study costs a patient of `site`; None for a plan without privacy.
 
@@ -237,9 +239,35 @@ def _checked(delta: float) -> float:
 def _epsilon(groups: tuple[Group, ...], delta: float) -> float:
     if not groups:
         return 0.0
-    if _epsilon_rdp(groups, delta, _QUICK_ORDERS) > _HOPELESS and (bound := _epsilon_rdp(groups, delta)) > _HOPELESS:
-        return bound
-    return _composed(_pld_accountant(), groups, delta)
+    if _epsilon_rdp(groups, delta, _QUICK_ORDERS) > _HOPELESS:  # the bound of all orders is no higher
+        bound = _epsilon_rdp(groups, delta)
+        if bound > _HOPELESS:
+            return bound
+    return _epsilon_pld(groups, delta)
+
+
+def _epsilon_pld(groups: tuple[Group, ...], delta: float) -> float:
+    from dp_accounting.pld import privacy_loss_distribution
+
+    total = privacy_loss_distribution.identity(value_discretization_interval=_DISCRETISATION)
+    for group in groups:
+        total = total.compose(_pld_of(*group))
+    return float(total.get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=32)
+def _pld_of(q: float, z: float, count: int) -> Any:
+    """Of `count` queries. What a ledger held before this round is not composed again."""
+    return _pld_of_one(q, z).self_compose(count)
+
+
+@lru_cache(maxsize=32)
+def _pld_of_one(q: float, z: float) -> Any:
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        z, value_discretization_interval=_DISCRETISATION, sampling_prob=q, neighboring_relation=_zero_out()
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -248,19 +276,10 @@ def _epsilon_rdp(groups: tuple[Group, ...], delta: float, orders: tuple[float, .
 
     if not groups:
         return 0.0
-    return _composed(RdpAccountant(orders, _zero_out()), groups, delta)
-
-
-def _composed(accountant: Any, groups: tuple[Group, ...], delta: float) -> float:
+    accountant = RdpAccountant(orders, _zero_out())
     for q, z, count in groups:
         accountant.compose(_dp_event(q, z, count))
     return float(accountant.get_epsilon(delta))
-
-
-def _pld_accountant() -> Any:
-    from dp_accounting.pld import PLDAccountant
-
-    return PLDAccountant(_zero_out(), value_discretization_interval=_DISCRETISATION)
 
 
 def _zero_out() -> Any:

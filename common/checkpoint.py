@@ -29,7 +29,9 @@ class Checkpoint(NamedTuple):
     metadata: dict[str, str]  # as saved, with "format" and "digest"
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+def save_checkpoint(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, durable: bool = True
+) -> None:
     """Write `tensors` as float32, with `metadata`, the format version and the tensors' SHA-256.
 
     Raises CheckpointError if a value is not finite or the file cannot be written; `path` is then as it was.
@@ -40,7 +42,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], metadata: M
     arrays = to_arrays(tensors)
     data = save(arrays, metadata={**metadata, _FORMAT: FORMAT, _DIGEST: digest(arrays)})
     try:
-        write_atomically(path, data)
+        write_atomically(path, data, durable=durable)
     except OSError as error:
         raise _error(
             path, f"cannot be written: {error.strerror}", "make room or mend the folder, then resume"

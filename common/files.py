@@ -6,20 +6,25 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` so that after any kill `path` holds the old content or the new one, never a part.
+def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write `content` so that after any kill `path` holds the old content or the new one, never a part; `durable`:
+    also after a power cut.
 
     Raises OSError (a full disk among others); the temporary file is removed then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_through(temporary, content)
+        if durable:
+            write_through(temporary, content)
+        else:
+            temporary.write_bytes(content)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def write_through(path: Path, content: bytes) -> None:

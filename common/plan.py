@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -307,7 +309,7 @@ class StudyPlan(Strict):
         wanted = self.outer.weights == "score" if self.privacy is None else self.privacy.monitor
         return wanted and self.algorithm.name not in EPISODIC
 
-    @property
+    @cached_property
     def training_sites(self) -> tuple[str, ...]:
         return tuple(name for name, site in self.sites.items() if site.role == "train")
 
@@ -323,10 +325,17 @@ class StudyPlan(Strict):
         """Canonical JSON: sorted keys, no spaces, every default spelled out."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of `to_json()`, hex."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other fields; what was computed from the old ones stays behind."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in ("training_sites", "digest"):
+            copy.__dict__.pop(name, None)
+        return copy
 
 
 def load_plan(path: Path) -> StudyPlan:

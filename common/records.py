@@ -11,6 +11,7 @@ import importlib.metadata
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ _DISCLOSURE = "disclosure"
 Arrays = dict[str, np.ndarray]
 
 
+@cache  # 2 ms, and every reply says it
 def software_version() -> str:
     """The installed version, or 'source' for an uninstalled checkout."""
     try:

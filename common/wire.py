@@ -6,6 +6,7 @@ Both crossings take it: the wall between a hospital's node and its worker, and F
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,20 +24,23 @@ from common.records import (
     fields_and_arrays,
     record_of,
 )
+from common.timing import timed
 
 LARGEST = 512 * 2**20  # bytes of a record
 _LARGEST_HEADER = 2**22
-_FIELDS, _ARRAYS = "record", "arrays"
+_FIELDS, _ARRAYS, _CHANGES = "record", "arrays", "changes"
 
 R = TypeVar("R", PrepareInstruction, TrainInstruction, SiteReply)
 
 
+@timed("serialise")
 def pack(record: Record) -> bytes:
     """A record as bytes."""
     fields, arrays = fields_and_arrays(record)
     return _save(arrays, metadata={_FIELDS: json.dumps(fields)})
 
 
+@timed("serialise")
 def unpack(data: bytes, kind: type[R]) -> R:
     """The record of type `kind` in `data`.
 
@@ -46,22 +50,25 @@ def unpack(data: bytes, kind: type[R]) -> R:
     return record_of(_parse(_metadata(data)), arrays, kind)
 
 
+@timed("serialise")
 def encode(record: Record) -> RecordDict:
     """A record as the content of a Flower message.
 
     All arrays are one there, for Flower stores, sends and fetches each by calls of its own; the fields stand beside it,
-    so that messages with the same arrays share what Flower stores.
+    and what differs from node to node beside them, so that messages share what is the same, also where Flower stores.
     """
     fields, arrays = fields_and_arrays(record)
-    return _content(Array(np.frombuffer(_save(arrays), np.uint8)), fields)
+    packed = ArrayRecord({_ARRAYS: Array(np.frombuffer(_save(arrays), np.uint8))})
+    return RecordDict({_ARRAYS: packed, _FIELDS: ConfigRecord({_FIELDS: json.dumps(fields)})})
 
 
 def with_fields(content: RecordDict, **changes: int | str) -> RecordDict:
-    """An encoded record with other fields and the very same arrays."""
-    fields = _parse(content.config_records[_FIELDS][_FIELDS])
-    return _content(content.array_records[_ARRAYS][_ARRAYS], fields | changes)
+    """An encoded record with other fields, beside the very same ones and the very same arrays."""
+    arrays, same = content.array_records[_ARRAYS], content.config_records[_FIELDS]
+    return RecordDict({_ARRAYS: arrays, _FIELDS: same, _CHANGES: ConfigRecord({_FIELDS: json.dumps(changes)})})
 
 
+@timed("serialise")
 def decode(content: RecordDict, kind: type[R]) -> R:
     """The record of type `kind` in a Flower message's content.
 
@@ -69,15 +76,12 @@ def decode(content: RecordDict, kind: type[R]) -> R:
     """
     try:
         data, fields = content.array_records[_ARRAYS][_ARRAYS].numpy(), content.config_records[_FIELDS][_FIELDS]
+        changes = content.config_records.get(_CHANGES, {_FIELDS: "{}"})[_FIELDS]
     except Exception:  # Flower and NumPy raise what they like
         raise MalformedRecord("the message carries no record") from None
     if data.dtype != np.uint8:
         raise MalformedRecord("the message carries no bytes")
-    return record_of(_parse(fields), _load(data.tobytes()), kind)
-
-
-def _content(arrays: Array, fields: dict[str, Any]) -> RecordDict:
-    return RecordDict({_ARRAYS: ArrayRecord({_ARRAYS: arrays}), _FIELDS: ConfigRecord({_FIELDS: json.dumps(fields)})})
+    return record_of(_parse(fields) | _parse(changes), _load(data.tobytes()), kind)
 
 
 def _save(arrays: Arrays, metadata: dict[str, str] | None = None) -> bytes:
@@ -110,6 +114,12 @@ def _metadata(data: bytes) -> object:
 def _parse(text: object) -> dict[str, Any]:
     if not isinstance(text, str) or len(text) > _LARGEST_HEADER:
         raise MalformedRecord("the fields cannot be read")
+    return _parsed(text)
+
+
+@lru_cache(maxsize=8)  # an instruction is the same for all nodes of a process, and holds a plan of all sites
+def _parsed(text: str) -> dict[str, Any]:
+    """Not to be changed."""
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):

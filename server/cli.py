@@ -209,16 +209,22 @@ def simulate(
     jobs: Annotated[int, typer.Option(help="Sites at once.", min=1)] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the run folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, nothing else.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where a round's time went; OUT/trace.json for Perfetto.")
+    ] = False,
 ) -> None:
     """Run a study over sites on this machine, and report what a new hospital gains from it."""
     from rich.console import Console
 
+    from server import profile as profiling
     from server.experiment import METRICS, REPORT, simulate_study
     from server.progress import ProgressBars
     from server.report import text_table
 
-    with ProgressBars(Console(stderr=True)) as watcher:
+    with ProgressBars(Console(stderr=True)) as watcher, profiling.profiled(profile, jobs=jobs) as taken:
         results = simulate_study(file, sites, out, engine=engine.value, jobs=jobs, resume=resume, watcher=watcher)
+    if profile:
+        Console(stderr=as_json).print(taken.write(out / profiling.TRACE).table())
     if as_json:
         typer.echo((out / METRICS).read_text())
         return

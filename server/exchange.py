@@ -14,9 +14,12 @@ from flwr.serverapp import Grid
 
 from common.errors import RunError
 from common.records import Record
+from common.timing import timed
 from common.wire import encode, with_fields
+from server.local_grid import LocalGrid
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 1.0  # between two looks for replies
+_AT_ONCE = 64  # messages
 
 
 def address(
@@ -31,6 +34,7 @@ def address(
     ]
 
 
+@timed("network")
 def send(grid: Grid, messages: list[Message]) -> dict[str, int]:
     """Push `messages`; message id -> node of those that got through.
 
@@ -48,12 +52,34 @@ def collect(grid: Grid, sent: Iterable[str], *, timeout_s: float, stop: threadin
     """
     waiting, deadline, pause_s = set(sent), time.monotonic() + timeout_s, _SHORTEST_PAUSE_S
     while waiting:
-        replies = list(grid.pull_messages(set(waiting)))
-        waiting -= {reply.metadata.reply_to_message_id for reply in replies}
-        yield from replies
+        before = len(waiting)
+        for wanted in _looks(grid, waiting):
+            replies = list(grid.pull_messages(wanted))
+            waiting.difference_update([reply.metadata.reply_to_message_id for reply in replies])
+            while replies:
+                yield replies.pop(0)
         left = deadline - time.monotonic()
         if left <= 0:
             return
-        pause_s = _SHORTEST_PAUSE_S if replies else min(1.5 * pause_s, _LONGEST_PAUSE_S)
-        if waiting and stop.wait(min(pause_s, left)):
+        pause_s = _SHORTEST_PAUSE_S if len(waiting) < before else min(1.5 * pause_s, _LONGEST_PAUSE_S)
+        if waiting and pause(grid, min(pause_s, left), stop):
             raise RunError("the run was stopped")
+
+
+@timed("network")
+def pause(grid: Grid, seconds: float, stop: threading.Event) -> bool:
+    """Let time pass between two looks for replies: on a grid in this process until there is one. True if `stop` is
+    set."""
+    if not isinstance(grid, LocalGrid):
+        return stop.wait(seconds)
+    grid.wait(seconds)
+    return stop.is_set()
+
+
+def _looks(grid: Grid, waiting: set[str]) -> Iterator[Iterable[str]]:
+    """What to pull at once: so few that the replies in memory stay few. A grid in this process holds them back."""
+    if isinstance(grid, LocalGrid):
+        yield waiting
+    else:
+        ids = list(waiting)
+        yield from (ids[first : first + _AT_ONCE] for first in range(0, len(ids), _AT_ONCE))

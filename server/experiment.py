@@ -39,6 +39,7 @@ from server.simulation import (
     draw_phantoms,
     load_simulated,
     personal_parameters,
+    picture,
     run_federation,
     sights,
     site_folders,
@@ -49,7 +50,7 @@ from server.study import check_study
 from server.summary import WITHOUT_PRIVACY
 
 PLAN, METRICS, REPORT = "plan.json", "metrics.json", "report.html"
-_EXAMPLES_PER_LABEL = 2
+_EXAMPLES_PER_LABEL, _EXAMPLE_SITES = 2, 40
 _PICTURED_TARGETS, _PICTURES = 2, 3  # targets; images of each
 
 
@@ -372,7 +373,7 @@ def _results(
     ]
     examples = [
         Example(site=name, label=label, image=image, mask=mask)
-        for name, data in experiment.data.items()
+        for name, data in list(experiment.data.items())[:_EXAMPLE_SITES]
         for label, image, mask in data.examples(_EXAMPLES_PER_LABEL)
     ]
     return StudyResults(
@@ -409,7 +410,6 @@ def _pictured(
     experiment: Experiment, target: Target, arm: str, plan: StudyPlan, start: Params | None
 ) -> Iterator[Picture]:
     rows = experiment.rows(target)
-    shown = SimulatedData(rows, experiment.data[target.site].phantom)
     for sight in sights(start, rows, plan, count=_PICTURES, seed=plan.seed):
         label = rows.label_names[int(rows.labels[sight.row])] if plan.task.kind == "anomaly" else ""
         caption = f"{label}, more unusual than {sight.score:.0%} of the images" if label else ""
@@ -421,7 +421,7 @@ def _pictured(
             target=target.name,
             arm=arm,
             shots=plan.evaluation.lead_shots,
-            image=shown.picture(sight.row),
+            image=picture(rows, sight.row),
             truth=truth,
             found=found,
             caption=caption,

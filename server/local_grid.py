@@ -1,7 +1,8 @@
 """Flower's Grid in one process: no server, no Ray, milliseconds a round.
 
-Each message is a call of the ClientApp in a thread of its own, at most `jobs` at once, one at a time for each node. A
-call that is still busy when its message expires is left to itself: its result is dropped and its place is free again.
+Each message is a call of the ClientApp, at most `jobs` at once in as many threads, one at a time for each node. Nodes
+wait while a few replies lie here that nobody took: so memory does not grow with their number. A call that is still busy
+when its message expires is left to itself: its result is dropped, and the next messages have threads of their own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Set
 
 from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
@@ -19,6 +21,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 _RUN_ID = 1
+_AHEAD = 8  # replies that may lie here beside those that are being made
+_BUSY_PAUSE_S = 0.005
 
 
 class LocalGrid(Grid):
@@ -28,7 +32,8 @@ class LocalGrid(Grid):
         self._app, self._jobs = client_app, jobs
         self._contexts = {node: _context(node, nodes) for node in range(1, nodes + 1)}  # 0 is no node id
         self._busy = {node: threading.Lock() for node in self._contexts}
-        self._replies: dict[str, Message] = {}  # by the id of the message that is answered
+        self._replies: dict[str, tuple[Message, threading.Semaphore]] = {}  # by the id of what is answered; its room
+        self._arrived = threading.Event()
         # Message() takes its sender from here
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN_ID, SUPERLINK_NODE_ID, 1
         self._run = Run.create_empty(run_id=_RUN_ID)
@@ -54,17 +59,29 @@ class LocalGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Begin to serve the messages; their ids, in order."""
-        places = threading.Semaphore(self._jobs)  # new in each batch: one that is left to itself takes no place away
-        batch = list(messages)
+        batch, ids = deque(messages), []
         for message in batch:
-            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
-            threading.Thread(target=self._serve, args=(message, places), daemon=True).start()
-        return [message.metadata.message_id for message in batch]
+            ids.append(str(uuid.uuid4()))
+            message.metadata.__dict__["_message_id"] = ids[-1]
+        room = threading.Semaphore(
+            self._jobs + _AHEAD
+        )  # new in each batch: replies that nobody takes have no later one's
+        for _ in range(min(self._jobs, len(ids))):
+            threading.Thread(target=self._serve, args=(batch, room), daemon=True).start()
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies that are there; each is given once."""
-        found = (self._replies.pop(message_id, None) for message_id in list(message_ids))
-        return [reply for reply in found if reply is not None]
+        wanted = message_ids if isinstance(message_ids, Set) else set(message_ids)
+        self._arrived.clear()
+        found = [self._replies.pop(message_id) for message_id in list(self._replies) if message_id in wanted]
+        for _, room in found:
+            room.release()
+        return [reply for reply, _ in found]
+
+    def wait(self, seconds: float) -> None:
+        """Until a reply is there, `seconds` at most."""
+        self._arrived.wait(seconds)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Push, then pull until all is answered or `timeout` seconds are over."""
@@ -73,21 +90,36 @@ class LocalGrid(Grid):
         while waiting and time.monotonic() < deadline:
             replies += self.pull_messages(waiting)
             waiting -= {reply.metadata.reply_to_message_id for reply in replies}
-            time.sleep(0.002)
+            self.wait(0.05)
         return replies
 
-    def _serve(self, message: Message, places: threading.Semaphore) -> None:
-        busy = self._busy[message.metadata.dst_node_id]
-        if not busy.acquire(timeout=_left_s(message)):
+    def _serve(self, batch: deque[Message], room: threading.Semaphore) -> None:
+        """One message of the batch after the other, until none is left."""
+        while batch:
+            try:
+                message = batch.popleft()
+            except IndexError:  # another thread was faster
+                return
+            busy = self._busy[message.metadata.dst_node_id]
+            if not _left_s(message):
+                continue
+            if not busy.acquire(blocking=False):  # with a message of an earlier batch: the others first
+                batch.append(message)
+                time.sleep(_BUSY_PAUSE_S)
+                continue
+            try:
+                if room.acquire(timeout=_left_s(message)):
+                    self._answer(message, room)
+            finally:
+                busy.release()
+
+    def _answer(self, message: Message, room: threading.Semaphore) -> None:
+        reply = self._call(message)
+        if not _left_s(message):
+            room.release()
             return
-        try:
-            if places.acquire(timeout=_left_s(message)):
-                reply = self._call(message)
-                places.release()
-                if _left_s(message) > 0:
-                    self._replies[message.metadata.message_id] = reply
-        finally:
-            busy.release()
+        self._replies[message.metadata.message_id] = reply, room
+        self._arrived.set()
 
     def _call(self, message: Message) -> Message:
         try:

@@ -14,6 +14,7 @@ from common.files import write_atomically
 from common.params import Params
 from common.plan import StudyPlan
 from common.processes import process_pool
+from common.timing import timed
 from common.trials import CEILING, Kind, Trial
 from server.simulation import SiteData, evaluate_ceiling, evaluate_start
 
@@ -35,6 +36,7 @@ class Measurement:
         return f"{self.arm} at {self.target}"
 
 
+@timed("evaluation")
 def measure(measurement: Measurement) -> list[Trial]:
     """The measurement's trials, from disk if they are there."""
     if measurement.path.exists():

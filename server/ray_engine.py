@@ -1,7 +1,8 @@
 """Flower's simulation on Ray, in one place: it is private to Flower, and leans on the process it runs in.
 
 Ray's processes import from the working directory and from sys.path as this process has it: so it runs in an empty
-folder, with this program's own root first. Its cluster is its own (`address: local`), whatever else listens here.
+folder, with this program's own root first. Its cluster is its own (`address: local`), whatever else listens here, but
+where the environment's ADDRESS names one: then sites run on all of its machines, which see the same folders.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from flwr.serverapp import ServerApp
 
 from common.errors import Problem, RunError, UsageError
 
+ADDRESS = "CONSILIUM_RAY_ADDRESS"  # of a Ray cluster, host:port
+
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_on_ray(
     server_app: ServerApp, client_app: ClientApp, *, nodes: int, jobs: int, home: Path, stop: threading.Event
 ) -> None:
-    """Run `server_app` against `nodes` virtual nodes, `jobs` of them at once, each on one CPU and one thread.
+    """Run `server_app` against `nodes` virtual nodes, `jobs` of them at once, each on one CPU and one thread; on a
+    cluster that is there already as many as it has CPUs.
 
     `home` is a folder of its own, for Flower's files. `stop` ends the ServerApp when Ray fails. What the ServerApp
     raises comes out as it is; raises UsageError if Ray is not installed, RunError if it fails.
@@ -38,13 +42,11 @@ def run_on_ray(
     from flwr.simulation.run_simulation import _run_simulation
     from flwr.supercore.telemetry import EventType
 
-    init: dict[str, Any] = {
-        "address": "local",
-        "num_cpus": jobs,
-        "include_dashboard": False,
-        "log_to_driver": False,
-        "logging_level": logging.CRITICAL,
-    }
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    if ADDRESS in os.environ:
+        init = {"address": os.environ[ADDRESS], **quiet}
+    else:
+        init = {"address": "local", "num_cpus": jobs, "include_dashboard": False, **quiet}
     with _neutral(home):
         try:
             _run_simulation(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -14,13 +15,14 @@ from flwr.serverapp import Grid
 from common.errors import RunError
 from common.plan import StudyPlan
 from common.records import PREPARE, PrepareInstruction, SiteReply
-from server.exchange import address, send
+from server.exchange import address, pause, send
 from server.history import SiteOutcome
 from server.ledgers import LedgerCopies
 from server.replies import Ledger, claimed_site, judge, ledger_objection
 
 _AT_LEAST_S = 120.0  # to load images, and to start Ray
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 1.0  # between two looks
+_LOOK_FOR_NODES_S = 0.2
 _ASK_AGAIN_S, _ASK_LATER_S = 15.0, 120.0  # a site that was not ready: at first, and when people take their time
 
 
@@ -35,6 +37,8 @@ class RollCall:
         self._plan, self._instruction, self._ledgers = plan, instruction, ledgers
         self._shown: dict[int, Ledger] = {}  # node -> what it was last told of its site's ledger
         self._ready: dict[int, str] = {}
+        self._taken: set[str] = set()  # the sites that are ready
+        self._place = {site: place for place, site in enumerate(plan.training_sites)}
         self.masking_keys: dict[str, str] = {}  # by site, as it signed it; empty without a secure sum
         self._unused: dict[int, SiteOutcome] = {}  # the last word of every other node
         self._asked: dict[str, tuple[int, float]] = {}  # message id -> node, when; not answered yet
@@ -45,7 +49,7 @@ class RollCall:
     @property
     def ready(self) -> dict[int, str]:
         """node id -> site, in the plan's order."""
-        return dict(sorted(self._ready.items(), key=lambda item: self._plan.training_sites.index(item[1])))
+        return dict(sorted(self._ready.items(), key=lambda item: self._place[item[1]]))
 
     @property
     def outcomes(self) -> tuple[SiteOutcome, ...]:
@@ -62,23 +66,32 @@ class RollCall:
 
         Raises RunError when `stop` is set.
         """
-        began, pause_s = time.monotonic(), _SHORTEST_PAUSE_S
+        began, looked, pause_s = time.monotonic(), -math.inf, _SHORTEST_PAUSE_S
         while True:
             waited, before = time.monotonic() - began, (len(self._ready), len(self._asked))
-            self.ask(grid, again=waited < wait_s)
+            if waited - looked >= _LOOK_FOR_NODES_S:
+                looked = waited
+                self.ask(grid, again=waited < wait_s)
             self.listen(grid)
-            if len(self._ready) == len(self._plan.training_sites):
+            if len(self._ready) == len(self._place):
                 return
-            everyone = len(self._known()) >= nodes or waited > self._timeout_s
+            everyone = len(self._ready) + len(self._unused) >= nodes or waited > self._timeout_s
             if waited > wait_s and everyone and not self._asked:
                 return
             pause_s = _SHORTEST_PAUSE_S if before != (len(self._ready), len(self._asked)) else 1.5 * pause_s
-            if stop.wait(min(pause_s, _LONGEST_PAUSE_S)):
+            if pause(grid, min(pause_s, _LONGEST_PAUSE_S), stop):
                 raise RunError("the run was stopped")
 
     def ask(self, grid: Grid, *, again: bool) -> None:
-        """Send the plan to nodes that were never asked; with `again` also to those that were not ready a while ago."""
+        """Send the plan to nodes that were never asked; with `again` also to those that were not ready a while ago.
+
+        One that was silent for too long may be asked again.
+        """
         now = time.monotonic()
+        late = [message_id for message_id, (_, asked_at) in self._asked.items() if now - asked_at > self._timeout_s]
+        for message_id in late:
+            node, _ = self._asked.pop(message_id)
+            self._unused[node] = _silent(node, waited_s=self._timeout_s)
         pause_s = min(max(_ASK_AGAIN_S, (now - self._began) / 4), _ASK_LATER_S)
         busy = {node for node, _ in self._asked.values()} | self._ready.keys()
         just_asked = {n for n, asked_at in self._last_asked.items() if not again or now - asked_at < pause_s}
@@ -95,33 +108,27 @@ class RollCall:
         self._asked |= {message_id: (node, now) for message_id, node in sent.items()}
 
     def listen(self, grid: Grid) -> None:
-        """Take the answers that have come; a node that was silent for too long may be asked again."""
+        """Take the answers that have come."""
         if not self._asked:
             return
-        answers = list(grid.pull_messages(set(self._asked)))
+        answers = list(grid.pull_messages(self._asked.keys()))
         names = _enrolled_names(grid) if answers else {}
         for message in answers:
             node, asked_at = self._asked.pop(message.metadata.reply_to_message_id)
             self._take(message, node, seconds=time.monotonic() - asked_at, enrolled_as=names.get(node, ""))
-        late = [id_ for id_, (_, asked_at) in self._asked.items() if time.monotonic() - asked_at > self._timeout_s]
-        for message_id in late:
-            node, _ = self._asked.pop(message_id)
-            self._unused[node] = _silent(node, waited_s=self._timeout_s)
-
-    def _known(self) -> set[int]:
-        return self._ready.keys() | self._unused.keys()
 
     def _take(self, message: Message, node: int, *, seconds: float, enrolled_as: str) -> None:
         site = claimed_site(message)
         known = enrolled_as or site
         outcome, reply = judge(
             message,
-            site=known if known in self._plan.training_sites else _node_name(node, known),
+            site=known if known in self._place else _node_name(node, known),
             seconds=seconds,
             objection=partial(
                 _objection,
                 plan=self._plan,
-                taken=tuple(self._ready.values()),
+                sites=self._place,
+                taken=self._taken,
                 ledgers=self._ledgers,
                 shown=self._shown[node],
                 enrolled_as=enrolled_as,
@@ -132,6 +139,7 @@ class RollCall:
             self._unused[node] = outcome
         else:
             self._ready[node] = site
+            self._taken.add(site)
             self._ledgers.take(site, (reply.ledger_rows, reply.ledger_head))
             self.masking_keys[site] = reply.masking_key
 
@@ -163,14 +171,15 @@ def _objection(
     reply: SiteReply,
     *,
     plan: StudyPlan,
-    taken: tuple[str, ...],
+    sites: Container[str],
+    taken: Container[str],
     ledgers: LedgerCopies,
     shown: Ledger,
     enrolled_as: str,
 ) -> str | None:
     if enrolled_as and reply.site != enrolled_as:
         return f"it claims to be {reply.site!r}, and is enrolled as {enrolled_as!r}"
-    if reply.site not in plan.training_sites:
+    if reply.site not in sites:
         return "it is no training site of this plan"
     if reply.site in taken:
         return "another node answered as this site before"

@@ -7,8 +7,9 @@ lab's side may look at sites' images: they are the researcher's own.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,7 @@ from common.errors import DataError, Problem, Refusal, SiteUnfit, UsageError
 from common.params import Params, to_arrays
 from common.plan import RowFilter, StudyPlan
 from common.records import PrepareInstruction, SiteReply, TrainInstruction
+from common.timing import timed
 from common.trials import Kind, Trial
 from server.app import build_server_app
 from server.local_grid import LocalGrid
@@ -48,9 +50,14 @@ __all__ = [  # of the sites' side, for the lab's
 
 Engine = Literal["local", "ray"]
 
+_WARM = 256  # workers of this process: of more sites than that the others are opened again in each round
+_SHARED_BYTES = 2**30  # of images, over all sites and federations of this process
+_ROW_BYTES = 1024  # of what is known of an image beside its pixels
+
 _PHANTOM_TEST_SHARE = 0.25  # of a phantom hospital's patients, who never train
 
-_workers: dict[Path, Worker] = {}  # warm ones of this process, by state folder
+_workers: dict[Path, Worker] = {}  # warm ones of this process, by state folder; the last used last
+_starts: dict[Path, PrepareInstruction] = {}  # what the federations of this process sent, by run folder
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ def run_federation(
     try:
         drive(federation, build_client_app(sites), engine=engine, observer=observer, resume=resume, jobs=jobs)
     finally:
+        _starts.pop(sites.folder, None)
         for state in list(_workers):
             if state.is_relative_to(sites.folder):
                 del _workers[state]
@@ -136,7 +144,7 @@ class SimulatedSites:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedSite:
-    """One site's worker, warm in this process."""
+    """One site's worker, warm in this process if it was among the last ones."""
 
     name: str
     data: Path
@@ -147,29 +155,81 @@ class SimulatedSite:
         """Where this federation keeps the site's ledger and releases."""
         return self.run / "sites" / self.name
 
+    @timed("site")
     def prepare(self, instruction: PrepareInstruction) -> SiteReply:
         """Open the site, and prepare it. A site that cannot be opened says so by its name."""
+        _starts[self.run] = replace(instruction, ledger_rows=0, ledger_head="")
         try:
-            worker = Worker(self.data, state=self.state, simulated=True)
+            worker = Worker(self.data, state=self.state, simulated=True, load=shared_site)
         except DataError:
             return _refuse(self.name, SiteUnfit())
-        _workers[self.state] = worker
-        return worker.prepare(instruction)
+        prepared = worker.prepare(instruction)
+        if prepared.ok:
+            self._keep_warm(worker)
+        return prepared
 
+    @timed("site")
     def train(self, instruction: TrainInstruction) -> SiteReply:
-        """The site's release. Under Ray another process may have prepared it: then this one does so first."""
+        """The site's release. A site that is not warm here, or was prepared by another process, is prepared first."""
         if self.state not in _workers:
-            prepared = self.prepare(
-                PrepareInstruction(
-                    plan_json=run_plan(self.run).to_json(),
-                    signer="",
-                    signature="",
-                    initial=to_arrays(starting_parameters(self.run)),
-                )
-            )
+            prepared = self.prepare(_starts.get(self.run) or _start_in(self.run))
             if not prepared.ok:
                 return prepared
-        return _workers[self.state].train(instruction)
+        worker = _workers.pop(self.state)
+        try:
+            return worker.train(instruction)
+        finally:
+            self._keep_warm(worker)
+
+    def _keep_warm(self, worker: Worker) -> None:
+        _workers[self.state] = worker
+        for state in list(_workers)[:-_WARM]:
+            _workers.pop(state, None)
+
+
+def _start_in(folder: Path) -> PrepareInstruction:
+    """What the run in `folder` sends its sites."""
+    initial = to_arrays(starting_parameters(folder))
+    return PrepareInstruction(plan_json=run_plan(folder).to_json(), signer="", signature="", initial=initial)
+
+
+class SharedSites:
+    """Sites' images, read once in this process for all federations and evaluations of a study, and never written."""
+
+    def __init__(self, *, most_bytes: int = _SHARED_BYTES) -> None:
+        self._most_bytes = most_bytes
+        self._known: dict[tuple[object, ...], SiteData] = {}  # the last used last
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, folder: Path, plan: StudyPlan, *, site: str, split: str | None = None) -> SiteData:
+        """`load_site`, the newest `most_bytes` of it from memory. Files that change are read anew."""
+        spec = plan.sites[site].model_dump_json() if site in plan.sites else ""
+        files = sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir() if file.is_file())
+        key = (folder, site, plan.task.model_dump_json(), spec, *files)
+        with self._lock:
+            data = self._taken(key)
+        if data is None:
+            data = load_site(folder, plan, site=site)
+        with self._lock:
+            self._taken(key)  # another thread may have read it, too
+            self._known[key] = data
+            self._bytes += _bytes(data)
+            while self._bytes > self._most_bytes:
+                self._taken(next(iter(self._known)))
+        return data if split is None else data.of_split(split)
+
+    def _taken(self, key: tuple[object, ...]) -> SiteData | None:
+        data = self._known.pop(key, None)
+        self._bytes -= 0 if data is None else _bytes(data)
+        return data
+
+
+def _bytes(data: SiteData) -> int:
+    return data.images.nbytes + (0 if data.masks is None else data.masks.nbytes) + _ROW_BYTES * len(data)
+
+
+shared_site = SharedSites()
 
 
 def _refuse(site: str, refusal: Refusal) -> SiteReply:
@@ -178,10 +238,17 @@ def _refuse(site: str, refusal: Refusal) -> SiteReply:
 
 @dataclass(frozen=True)
 class SimulatedData:
-    """One site's images on the researcher's machine."""
+    """One site's images on the researcher's machine, in memory when they are looked at."""
 
-    rows: SiteData
+    folder: Path
+    plan: StudyPlan
+    site: str
     phantom: bool
+
+    @property
+    def rows(self) -> SiteData:
+        """Raises DataError."""
+        return shared_site(self.folder, self.plan, site=self.site)
 
     def measurable(self, kind: Kind, where: RowFilter | None = None) -> bool:
         """Whether there is enough for a support and a query set."""
@@ -190,29 +257,34 @@ class SimulatedData:
     def evaluated(self, kind: Kind, where: RowFilter | None = None) -> SiteData:
         """What is measured on: all of a held-out site, the patients who never train of a training site; of them those
         that match."""
-        rows = self.rows.of_split("test") if kind == "held-out patients" else self.rows
-        return rows if where is None else rows.matching(where)
+        rows = self.rows
+        chosen = rows.of_split("test") if kind == "held-out patients" else rows
+        return chosen if where is None else chosen.matching(where)
 
     def examples(self, per_label: int) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
         """(label, uint8 (H, W) or (H, W, 3), mask): the first images of each label; of a segmentation, of its last."""
-        labels = list(enumerate(self.rows.label_names))
-        if self.rows.kind == "segmentation":
-            labels = [(0, self.rows.label_names[-1])]
+        rows = self.rows
+        labels = list(enumerate(rows.label_names))
+        if rows.kind == "segmentation":
+            labels = [(0, rows.label_names[-1])]
         for label, name in labels:
-            shown = self.rows.labels[:, label] > 0 if self.rows.labels.dim() == 2 else self.rows.labels == label
+            shown = rows.labels[:, label] > 0 if rows.labels.dim() == 2 else rows.labels == label
             for index in shown.nonzero().flatten()[:per_label].tolist():
-                mask = None if self.rows.masks is None else self.rows.masks[index].numpy()
-                yield name, self.picture(index), mask
+                mask = None if rows.masks is None else rows.masks[index].numpy()
+                yield name, picture(rows, index), mask
 
-    def picture(self, row: int) -> np.ndarray:
-        """uint8 (H, W) or (H, W, 3)."""
-        image: np.ndarray = self.rows.images[row].permute(1, 2, 0).numpy()
-        return image[..., 0] if image.shape[2] == 1 else image
+
+def picture(rows: SiteData, row: int) -> np.ndarray:
+    """uint8 (H, W) or (H, W, 3)."""
+    image: np.ndarray = rows.images[row].permute(1, 2, 0).numpy()
+    return image[..., 0] if image.shape[2] == 1 else image
 
 
 def load_simulated(folder: Path, plan: StudyPlan, site: str) -> SimulatedData:
     """A site's images, fitted to the plan. Raises DataError with every problem of its files."""
-    return SimulatedData(load_site(folder, plan, site=site), load_site_config(folder).phantom)
+    data = SimulatedData(folder, plan, site, load_site_config(folder).phantom)
+    data.rows  # noqa: B018  # or refuse
+    return data
 
 
 def load_public(folder: Path, plan: StudyPlan) -> PublicSet:

@@ -30,6 +30,7 @@ from common.params import Arrays, Params, digest, norm, select, to_arrays, to_te
 from common.plan import StudyPlan
 from common.records import TRAIN, PrepareInstruction, SiteReply, TrainInstruction
 from common.secure_sum import fixed_point, roster_digest, roster_of
+from common.timing import timed
 from server.aggregation import MaskedMean, RunningMean, Template, reason_to_reject, site_weights, weight_of
 from server.exchange import address, collect, send
 from server.history import RoundRecord, SiteOutcome
@@ -121,6 +122,7 @@ class ConsiliumStrategy(Strategy):
         if len(self._roll.ready) < self._plan.quorum:
             raise _too_few("the start", self._plan, self._roll.outcomes)
 
+    @timed("round")
     def _round(self, grid: Grid, number: int, arrays: ArrayRecord) -> tuple[ArrayRecord, RoundRecord]:
         """One round, committed: the shared parameters after it, and its record."""
         began = time.monotonic()
@@ -160,6 +162,7 @@ class ConsiliumStrategy(Strategy):
         ledgers = {node: self._copies.newest(self._ready[node]) for node in connected}
         return address(instruction, TRAIN, ledgers, timeout_s=self._plan.round_timeout_s)
 
+    @timed("aggregate")
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord]:
         """Judge each reply as it comes, then move the shared parameters; None below quorum, and they stay."""
         mean = MaskedMean(self._template, self._encoding) if self._encoding else RunningMean(self._template)
@@ -225,10 +228,11 @@ class ConsiliumStrategy(Strategy):
         self._observer.site_answered(number, outcome)
 
     def _settle_silent(self, number: int, *, waited_s: float) -> None:
+        asked = set(self._asked.values())
         for node, site in self._ready.items():
             if site in self._outcomes:
                 continue
-            status: Literal["late", "absent"] = "late" if node in self._asked.values() else "absent"
+            status: Literal["late", "absent"] = "late" if node in asked else "absent"
             reason = "no answer in time" if status == "late" else "its node is not connected"
             self._settle(number, SiteOutcome(site=site, status=status, code=status, reason=reason, seconds=waited_s))
 
@@ -236,6 +240,7 @@ class ConsiliumStrategy(Strategy):
         shared, self._outer = outer_step(self._shared, self._outer, update, self._plan.outer)
         return _to_record(shared), MetricRecord({"update_norm": norm(update)})
 
+    @timed("store")
     def _commit(self, record: RoundRecord, arrays: ArrayRecord) -> None:
         shared = to_tensors(_to_arrays(arrays))
         commit(self._settings.folder, record, shared | self._outer, self._origin)

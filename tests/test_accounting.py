@@ -202,3 +202,23 @@ def test_given_noise_that_costs_too_much_is_refused_with_both_figures(make_plan)
 def test_an_epsilon_out_of_reach_is_refused(make_plan) -> None:
     with pytest.raises(PlanError, match=r"privacy\.epsilon 1e-12 .* cannot be reached by 9 queries at sample rate 0.5"):
         plan_cost(make_plan(privacy={"epsilon": 1e-12, "delta": 1e-9}), "alder")
+
+
+def test_a_round_of_a_long_study_composes_once_what_is_new(monkeypatch) -> None:
+    """10 000 charges of ten studies: a further one composes its own study's queries again, and makes no distribution
+    of a single query; asked again, it costs nothing."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    made, composed = [], []
+    make, compose = pld.from_gaussian_mechanism, pld.PrivacyLossDistribution.self_compose
+    monkeypatch.setattr(pld, "from_gaussian_mechanism", lambda z, **named: (made.append(z), make(z, **named))[1])
+    monkeypatch.setattr(
+        pld.PrivacyLossDistribution, "self_compose", lambda self, n: (composed.append(n), compose(self, n))[1]
+    )
+    events = [Event(0.031, 20.0 + study, 4) for study in range(10) for _ in range(1000)]
+    before = epsilon(events, 1e-3)
+    assert (len(made), composed) == (10, [4000] * 10)
+    after = epsilon([*events, events[0]], 1e-3)
+    assert (len(made), composed[10:]) == (10, [4004])
+    assert epsilon([*events, events[0]], 1e-3) == after > before
+    assert len(composed) == 11

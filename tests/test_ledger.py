@@ -138,6 +138,22 @@ def test_a_changed_row_is_noticed(tmp_path: Path, statement: str, value: int) ->
         ledger.charge(study=STUDY, round=4, event=EVENT)
 
 
+def test_a_round_hashes_its_own_rows_and_a_changed_one_is_noticed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, hashed, hash_of = Ledger.open(tmp_path, TERMS), [], client.ledger._hash
+    for round_ in (1, 2, 3):
+        ledger.charge(study=STUDY, round=round_, event=Event(0.01, 4.0, 1))
+    ledger.chain()
+    monkeypatch.setattr(client.ledger, "_hash", lambda *row: (hashed.append(row[0]), hash_of(*row))[1])
+    ledger.charge(study=STUDY, round=4, event=Event(0.01, 4.0, 1))
+    assert ledger.chain() == Ledger.open(tmp_path, TERMS).chain()
+    assert hashed[:2] == [4, 4]  # made, and read back; the other ledger object reads them all
+    change(tmp_path, "UPDATE entry SET body = replace(body, '\"count\": 1', '\"count\": 0') WHERE number = 2")
+    with pytest.raises(LedgerDamaged, match="row 2 was changed"):
+        ledger.chain()
+
+
 def test_a_row_of_nonsense_with_a_right_hash_is_noticed(tmp_path: Path) -> None:
     ledger = Ledger.open(tmp_path, TERMS)
     ledger.charge(study=STUDY, round=1, event=EVENT)

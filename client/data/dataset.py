@@ -70,7 +70,9 @@ class SiteData:
         )
 
     def of_split(self, split: str) -> SiteData:
-        """The rows of one split."""
+        """The rows of one split; all of them are not copied."""
+        if all(s == split for s in self.split):
+            return self
         return self.rows(torch.tensor([i for i, s in enumerate(self.split) if s == split], dtype=torch.int64))
 
     def matching(self, wanted: RowFilter) -> SiteData:
