@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import time
@@ -435,8 +436,11 @@ def test_private_queries_have_the_same_numbers(site: Path, plan: StudyPlan, monk
 def test_a_worker_keeps_images_and_a_simulated_one_does_not(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("client.worker.require_self_test", lambda state: None)
     make_signing_key(site / "state" / SITE_KEY)
-    assert Worker(site, state=site / "state")._store is not None
-    assert Worker(site, state=site / "state", simulated=True)._store is None
+    real, simulated = (Worker(site, state=site / "state", simulated=simulated) for simulated in (False, True))
+    assert isinstance(real._load, functools.partial)
+    assert isinstance(simulated._load, functools.partial)
+    assert real._load.keywords["store"] is not None
+    assert simulated._load.keywords["store"] is None
 
 
 def test_data_check_reads_everything_and_can_forget(site: Path, plan: StudyPlan) -> None:

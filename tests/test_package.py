@@ -255,7 +255,7 @@ def test_the_tests_run_everything_and_pass_arguments_to_pytest(checkout: Checkou
     ran = [line for line in done.stdout.splitlines() if "Installing" not in line]
     *checks, tests = ran
     assert checks == ["ruff check .", "ruff format --check .", "mypy "]
-    assert tests == "pytest --numprocesses auto --dist worksteal -k two words"
+    assert re.fullmatch(r"pytest --numprocesses \d+ --dist load --maxschedchunk 1 -k two words", tests)
 
 
 def test_the_exit_code_is_that_of_the_first_failure_and_pytest_still_runs(checkout: Checkout) -> None:
