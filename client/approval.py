@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.errors import NotApproved, UntrustedDocument
+from common.errors import DataError, NotApproved, Problem, UntrustedDocument
 from common.files import write_atomically
 from common.keys import STUDY, SignedDocument
 from common.plan import StudyPlan, plan_from_json
@@ -81,9 +81,29 @@ def withdraw(state: Path, digest: str) -> bool:
     return True
 
 
-def approved(state: Path) -> Mapping[str, Mapping[str, object]]:
-    """Every approval, by digest: plan, approved_by, time."""
-    return {file.stem: json.loads(file.read_text()) for file in sorted((state / _APPROVED).glob("*.json"))}
+@dataclass(frozen=True)
+class Approval:
+    """What a person approved."""
+
+    plan: StudyPlan
+    by: str
+    time: float  # seconds since 1970
+
+
+def approved(state: Path) -> Mapping[str, Approval]:
+    """Every approval, by digest. Raises DataError for a record that cannot be read."""
+    return {file.stem: _approval(file) for file in sorted((state / _APPROVED).glob("*.json"))}
+
+
+def _approval(file: Path) -> Approval:
+    try:
+        record = json.loads(file.read_text())
+        return Approval(plan_from_json(record["plan"]), str(record["approved_by"]), float(record["time"]))
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"a record cannot be read ({type(error).__name__})"
+        raise DataError(
+            Problem(str(file), what, "its study is refused; remove it and approve the study again")
+        ) from None
 
 
 def require(state: Path, plan_digest: str) -> StudyPlan:

@@ -24,7 +24,7 @@ from common.accounting import PrivacyCost, plan_cost, queries_per_round
 from common.errors import Problem, SiteUnfit, UntrustedDocument, UsageError
 from common.files import write_atomically
 from common.keys import AUDIT, SignedDocument, load_signing_key, read_signed, sign
-from common.plan import StudyPlan, load_plan, plan_from_json
+from common.plan import StudyPlan, load_plan
 from common.records import software_version
 
 REPORT, PAGE = "audit.json", "audit.html"
@@ -159,8 +159,8 @@ def _runs(plan: StudyPlan, cost: PrivacyCost, tick: Tick) -> Iterator[OneRun]:
 
 
 def _approved(folder: Path, config: SiteConfig, study: str | None) -> StudyPlan:
-    records = sorted(approval.approved(folder / config.state).values(), key=lambda record: float(str(record["time"])))
-    plans = [plan_from_json(str(record["plan"])) for record in records]
+    approvals = sorted(approval.approved(folder / config.state).values(), key=lambda approval: approval.time)
+    plans = [approval.plan for approval in approvals]
     found = [plan for plan in plans if study is None or plan.study == study or plan.digest.startswith(study)]
     if not found:
         what = "no study is approved here" if study is None else f"no approved study {study!r}"

@@ -119,13 +119,12 @@ def withdraw(
     from client.journal import SiteJournal
     from client.site import load_site_config
     from common.errors import Problem, UsageError
-    from common.plan import plan_from_json
 
     state = folder / load_site_config(folder).state
     found = [
         digest
         for digest, record in approval.approved(state).items()
-        if digest.startswith(study) or plan_from_json(str(record["plan"])).study == study
+        if digest.startswith(study) or record.plan.study == study
     ]
     if len(found) != 1:
         what = "is not approved here" if not found else "could be several: give more of the digest"

@@ -13,7 +13,7 @@ import hashlib
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -32,7 +32,7 @@ from common.errors import ConsiliumError, Problem, RunError
 from common.journal import Entry
 from common.keys import SignedDocument
 from common.pages import render
-from common.plan import StudyPlan, plan_from_json
+from common.plan import StudyPlan
 from common.records import DISCLOSURES, software_version
 
 if TYPE_CHECKING:
@@ -279,23 +279,13 @@ def _reviewed_at(folder: Path, document: SignedDocument, lab_key: str, _head: ob
 
 
 def _approved(folder: Path) -> Iterator[Approved]:
-    """Newest first. Raises RunError for a record that cannot be read."""
+    """Newest first."""
     state = _state(folder)
     ledger = _part(lambda: Ledger.found(state)).value  # damaged: the page says so elsewhere
     charged = [charge.study for charge in ledger.charges()] if ledger else []
-    try:
-        records = sorted(approval.approved(state).items(), key=lambda record: -_time(record[1]))
-        for digest, record in records:
-            plan = plan_from_json(str(record["plan"]))
-            when = day_and_time(_time(record))
-            yield Approved(digest, plan.study, str(record["approved_by"]), when, plan.rounds, charged.count(digest))
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"a record cannot be read ({type(error).__name__})"
-        raise RunError(str(Problem(str(state / "approved"), what, "its study is refused; approve it again"))) from None
-
-
-def _time(record: Mapping[str, object]) -> float:
-    return float(str(record["time"]))
+    for digest, record in sorted(approval.approved(state).items(), key=lambda item: -item[1].time):
+        plan, when = record.plan, day_and_time(record.time)
+        yield Approved(digest, plan.study, record.by, when, plan.rounds, charged.count(digest))
 
 
 def _left(entries: Iterable[Entry]) -> Iterator[Left]:
