@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=deploy/environment.sh
 source deploy/environment.sh
-prepare_environment "imaging,simulation,dev"
+prepare_environment "imaging,export,simulation,dev"
 
 status=0
 check() {
@@ -19,5 +19,6 @@ check ruff check .
 check ruff format --check .
 check mypy
 export OMP_NUM_THREADS=1 # each process of the tests has one core
+unset PYTHONDONTWRITEBYTECODE # hundreds of programs would each compile what they import
 check pytest --numprocesses $(($(nproc) + 1)) --dist load --maxschedchunk 1 "$@" # one more: federations often wait
 exit "$status"

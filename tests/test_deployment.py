@@ -99,7 +99,7 @@ def three_studies_side_by_side(federation: LocalFederation) -> None:
     stopped = write_study(federation.folder, "stopped", description="nobody wants it")
     runs = {study: federation.run(study) for study in (private, open_, stopped)}
     for site in SITES:
-        federation.approve(site, private)
+        federation.approve(site, private, by_command=site == "alder")
         federation.approve(site, open_, by_command=False)
     call("consilium-lab", "stop", "stopped", "--lab", federation.lab)
     assert "it was stopped by the lab" in federation.finish(runs[stopped], code=1)

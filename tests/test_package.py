@@ -211,7 +211,7 @@ def test_a_changed_pyproject_is_installed_again(checkout: Checkout) -> None:
 def test_the_tests_need_more_than_the_demo_and_the_demo_nothing_more_than_the_tests(checkout: Checkout) -> None:
     checkout.run("demo.sh")
     checkout.run("test.sh")
-    assert checkout.installed[3:] == ["-m pip install --quiet --editable .[imaging,simulation,dev]"]
+    assert checkout.installed[3:] == ["-m pip install --quiet --editable .[imaging,export,simulation,dev]"]
     checkout.run("demo.sh")
     checkout.run("test.sh")
     assert len(checkout.installed) == 4
