@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import io
 import tomllib
+from pathlib import Path
 
 from flwr.cli.config_utils import validate_config
 from rich.console import Console
 
+from client.data.load import load_site
+from client.data.phantoms import PROFILES, make_phantom_sites
 from common.plan import StudyPlan
-from deploy.benchmarks.rounds import BUNDLE, PLAN, Rounds, table
+from deploy.benchmarks.rounds import BUNDLE, PATIENTS, PHANTOMS, Rounds, plan_of, table
 
 
-def test_the_plan_can_be_run() -> None:
-    sites = {"site0": {"labels": "sign", "patients": 60}}
-    assert StudyPlan.model_validate(PLAN | {"sites": sites, "rounds": 7, "quorum": 1}).privacy
+def test_the_phantom_hospitals_fit_the_plan(tmp_path: Path) -> None:
+    names = sorted(PROFILES)[:3]
+    make_phantom_sites(tmp_path, names=names, **PHANTOMS)
+    plan = StudyPlan.model_validate(plan_of(names, rounds=7))
+    assert plan.privacy
+    for name in names:
+        assert len(load_site(tmp_path / name, plan, split="train").patients.unique()) == PATIENTS
 
 
 def test_flower_takes_the_bundle() -> None:

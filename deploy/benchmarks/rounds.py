@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -33,12 +33,13 @@ from common.command_line import run
 from deploy.local_federation import ROOT, free_ports, local_federation, wait_for
 
 STEPS = 5
+PATIENTS = 60  # who train
+PHANTOMS: dict[str, Any] = {"patients": 80, "image_size": 28, "channels": 1, "seed": 1, "test_fraction": 0.25}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 PLAN = {
     "study": "rounds",
-    "task": {"kind": "classification", "image_size": 28, "channels": 1, "label_sets": {"sign": ["normal", "nodule"]}},
     "model": {"name": "conv4", "width": 32, "trainable": "all"},
     "algorithm": {"name": "reptile", "inner_steps": STEPS, "inner_lr": 0.1},
     "round_timeout_s": 120,
@@ -91,13 +92,23 @@ class Rounds:
         return [whole - training for whole, training in zip(self.seconds, self.training, strict=True)]
 
 
+def plan_of(names: list[str], rounds: int) -> dict[str, Any]:
+    """A study of these phantom hospitals, each with its own question."""
+    labels = {name: list(PROFILES[name].labels) for name in names}
+    return PLAN | {
+        "task": {"kind": "classification", "image_size": 28, "channels": 1, "label_sets": labels},
+        "sites": {name: {"labels": name, "patients": PATIENTS} for name in names},
+        "rounds": rounds,
+        "quorum": len(names),
+    }
+
+
 def consilium(folder: Path, *, sites: int, rounds: int) -> Rounds:
     """A study over the network. A site tells its time as a power of two; half of it is certain to be training."""
     names = sorted(PROFILES)[:sites]
-    make_phantom_sites(folder, names=names, patients=80, image_size=28, channels=1, seed=1, test_fraction=0.25)
+    make_phantom_sites(folder, names=names, **PHANTOMS)
     study = folder / "rounds.yaml"
-    tasks = {name: {"labels": "sign", "patients": 60} for name in names}
-    study.write_text(yaml.safe_dump(PLAN | {"sites": tasks, "rounds": rounds, "quorum": sites}))
+    study.write_text(yaml.safe_dump(plan_of(names, rounds)))
     with local_federation(folder, names) as federation:
         following = federation.run(study)
         for name in names:
