@@ -18,7 +18,8 @@ check() {
 check ruff check .
 check ruff format --check .
 check mypy
+processes=$(($(nproc) + 1)) # one more than processors: federations often wait
 export OMP_NUM_THREADS=1 # each process of the tests has one core
 unset PYTHONDONTWRITEBYTECODE # hundreds of programs would each compile what they import
-check pytest --numprocesses $(($(nproc) + 1)) --dist load --maxschedchunk 1 "$@" # one more: federations often wait
+check pytest --numprocesses "$processes" --dist load --maxschedchunk 1 "$@"
 exit "$status"
