@@ -83,37 +83,32 @@ def test_hospitals_and_a_lab_from_init_to_report(folder: Path) -> None:
         local_federation(folder, SITES, host=lab_address, inside={"alder": inside, "cedar": environment}) as federation,
     ):
         nobody_else_gets_in(federation)
-        three_studies_side_by_side(federation)
+        two_studies_side_by_side(federation)
         a_bundle_with_code_is_not_opened(federation)
         a_full_disk_a_wrong_clock_an_expired_certificate_and_a_cut_link(federation, fill, clock, link)
         a_revoked_site_is_shut_out_at_once(federation)
 
 
-def three_studies_side_by_side(federation: LocalFederation) -> None:
-    """One under privacy, one as a secure sum without noise, and one that the lab stops."""
+def two_studies_side_by_side(federation: LocalFederation) -> None:
+    """One under privacy, and one as a secure sum without noise."""
     private = write_study(federation.folder, "private")
     # only phantoms, which have no patients, take part without privacy
     open_ = write_study(
         federation.folder, "open", privacy="none", outer={"weights": "equal", "secure_sum": {"range": 2}}
     )
-    stopped = write_study(federation.folder, "stopped", description="nobody wants it")
-    runs = {study: federation.run(study) for study in (private, open_, stopped)}
+    runs = {study: federation.run(study) for study in (private, open_)}
     for site in SITES:
         federation.approve(site, private, by_command=site == "alder")
         federation.approve(site, open_, by_command=False)
-    call("consilium-lab", "stop", "stopped", "--lab", federation.lab)
-    assert "it was stopped by the lab" in federation.finish(runs[stopped], code=1)
-    an_approval_that_came_too_late_is_withdrawn(federation, stopped)
     it_cost_what_the_plan_says(federation, private, federation.finish(runs[private]))
     federation.finish(runs[open_])
     it_equals_the_simulation(federation, open_)
     no_word_of_patients_in_any_log(federation)
 
 
-def an_approval_that_came_too_late_is_withdrawn(federation: LocalFederation, study: Path) -> None:
-    federation.approve("alder", study, by_command=False)
-    call("consilium-site", "withdraw", "stopped", "--site", federation.folder / "alder")
-    again = call("consilium-site", "withdraw", "stopped", "--site", federation.folder / "alder", code=2)
+def an_approval_is_withdrawn(federation: LocalFederation, study: str) -> None:
+    call("consilium-site", "withdraw", study, "--site", federation.folder / "alder")
+    again = call("consilium-site", "withdraw", study, "--site", federation.folder / "alder", code=2)
     assert "is not approved here" in again.stderr
 
 
@@ -220,7 +215,8 @@ def a_full_disk_a_wrong_clock_an_expired_certificate_and_a_cut_link(
         link("up")
         wait_for("alder again", lambda: code("alder") == "ok")
     call("consilium-lab", "stop", "weather", "--lab", federation.lab)
-    federation.finish(run, code=1)
+    assert "it was stopped by the lab" in federation.finish(run, code=1)
+    an_approval_is_withdrawn(federation, "weather")
     records = federation.history("weather")
     assert [record["round"] for record in records] == list(range(len(records)))
     for site in SITES:
@@ -353,4 +349,4 @@ def _turned_away(log: str) -> bool:
 
 def a_revoked_site_is_shut_out_at_once(federation: LocalFederation) -> None:
     call("consilium-lab", "revoke", "cedar", "--lab", federation.lab)
-    wait_for("cedar to be shut out", lambda: federation.online() == {"alder"})
+    wait_for("cedar to be shut out", lambda: federation.online() == {"alder", "birch"})

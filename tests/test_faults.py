@@ -21,7 +21,7 @@ from tests.test_deployment import SITES, folder, write_study
 
 __all__ = ["folder"]  # a fixture
 
-KILLS, ROUNDS = 20, 4
+KILLS, ROUNDS = 12, 4
 PROGRAMS = (
     "server.cli serve",
     "flower-superlink",

@@ -18,6 +18,7 @@ KILLED_UNTIL = 30  # round; after it the run may come to its end
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # seconds each start, where another test began the process's fork server
 def test_a_run_survives_kills_at_any_moment(make_plan, tmp_path: Path):
     plan = make_plan(rounds=ROUNDS)
     processes = multiprocessing.get_context("forkserver")
