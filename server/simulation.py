@@ -158,28 +158,33 @@ class SimulatedSite:
     @timed("site")
     def prepare(self, instruction: PrepareInstruction) -> SiteReply:
         """Open the site, and prepare it. A site that cannot be opened says so by its name."""
-        _starts[self.run] = replace(instruction, ledger_rows=0, ledger_head="")
-        try:
-            worker = Worker(self.data, state=self.state, simulated=True, load=shared_site)
-        except DataError:
-            return _refuse(self.name, SiteUnfit())
-        prepared = worker.prepare(instruction)
-        if prepared.ok:
+        worker, prepared = self._opened(instruction)
+        if worker is not None:
             self._keep_warm(worker)
         return prepared
 
     @timed("site")
     def train(self, instruction: TrainInstruction) -> SiteReply:
         """The site's release. A site that is not warm here, or was prepared by another process, is prepared first."""
-        if self.state not in _workers:
-            prepared = self.prepare(_starts.get(self.run) or _start_in(self.run))
-            if not prepared.ok:
+        worker = _workers.pop(self.state, None)  # in one step: another site's thread may cool it down at any time
+        if worker is None:
+            worker, prepared = self._opened(_starts.get(self.run) or _start_in(self.run))
+            if worker is None:
                 return prepared
-        worker = _workers.pop(self.state)
         try:
             return worker.train(instruction)
         finally:
             self._keep_warm(worker)
+
+    def _opened(self, instruction: PrepareInstruction) -> tuple[Worker | None, SiteReply]:
+        """The site's worker, if it could be prepared, and its answer."""
+        _starts[self.run] = replace(instruction, ledger_rows=0, ledger_head="")
+        try:
+            worker = Worker(self.data, state=self.state, simulated=True, load=shared_site)
+        except DataError:
+            return None, _refuse(self.name, SiteUnfit())
+        prepared = worker.prepare(instruction)
+        return (worker if prepared.ok else None), prepared
 
     def _keep_warm(self, worker: Worker) -> None:
         _workers[self.state] = worker
@@ -203,7 +208,8 @@ class SharedSites:
         self._lock = threading.Lock()
 
     def __call__(self, folder: Path, plan: StudyPlan, *, site: str, split: str | None = None) -> SiteData:
-        """`load_site`, the newest `most_bytes` of it from memory. Files that change are read anew."""
+        """`load_site`, the newest `most_bytes` of it from memory. A site is read anew if a file directly in its folder
+        (site.yaml, manifest, npz) changed."""
         spec = plan.sites[site].model_dump_json() if site in plan.sites else ""
         files = sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir() if file.is_file())
         key = (folder, site, plan.task.model_dump_json(), spec, *files)

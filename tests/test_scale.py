@@ -106,6 +106,24 @@ def test_few_sites_are_warm_and_the_rest_is_opened_again(tmp_path, monkeypatch):
     assert all(np.array_equal(first.update[name], again.update[name]) for name in first.update)
 
 
+def test_a_site_may_cool_down_whenever_another_thread_trains(tmp_path, monkeypatch):
+    """Its worker is asked for and taken in one step: between two, another site's may push it out."""
+
+    class Pushed(dict):
+        def __contains__(self, state):
+            there = super().__contains__(state)
+            self.clear()
+            return there
+
+    monkeypatch.setattr(server.simulation, "_workers", Pushed())
+    plan = plan_of(make_sites(tmp_path / "sites", 1), rounds=1, private=True)
+    instruction = server.simulation.PrepareInstruction(plan.to_json(), "", "", _initial(plan, tmp_path))
+    name = plan.training_sites[0]
+    site = SimulatedSite(name=name, data=tmp_path / "sites" / name, run=tmp_path / "run")
+    assert site.prepare(instruction).ok
+    assert site.train(TrainInstruction(plan.digest, digest(instruction.initial), 1, instruction.initial)).ok
+
+
 def _initial(plan: StudyPlan, folder):
     from common.params import to_arrays
     from server.start import initial_parameters, travelling
