@@ -30,7 +30,7 @@ from common.records import software_version
 REPORT, PAGE = "audit.json", "audit.html"
 SHARE_OF_CHECKS = 0.25  # of the whole audit's time, about; so the progress bar can say what is left
 
-Tick = Callable[[float, str], None]  # (share that is done, what was found last or is under way)
+Tick = Callable[[float, str], object]  # (share that is done, what was found last or is under way)
 
 
 @dataclass(frozen=True, kw_only=True)

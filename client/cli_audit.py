@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from client.cli_adapt import Watch, watched
+
 if TYPE_CHECKING:
     from client.audit import AuditReport
 
@@ -43,17 +45,12 @@ def audit(
 
 
 def _watched(folder: Path, plan: Any, *, quiet: bool) -> AuditReport:
-    """The audit, with a bar and the time that is left where somebody looks."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    def work(watch: Watch) -> AuditReport:
+        from client.audit import run_audit  # torch, while the bar says that it loads
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet or not console.is_terminal) as bars:
-        bar = bars.add_task("loading", total=1.0)
-        from client.audit import run_audit  # torch
+        return run_audit(folder, plan, watch)
 
-        return run_audit(folder, plan, lambda share, what: bars.update(bar, completed=share, description=what))
+    return watched(work, quiet=quiet)
 
 
 def _verify(path: Path, as_json: bool) -> None:

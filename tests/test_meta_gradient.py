@@ -59,7 +59,7 @@ def test_the_mean_over_tasks() -> None:
     assert mean({"w": torch.tensor([value])} for value in (1.0, 2.0, 6.0)) == {"w": torch.tensor([3.0])}
 
 
-@pytest.mark.skipif(not meta_gradient.Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+@pytest.mark.skipif(not meta_gradient.TELLS_PEAKS, reason="Linux tells the peak")
 def test_memory_is_that_of_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def holds_64_mb(work: Work) -> Params:
         return {"w": torch.ones(2**24 if len(work.episodes) > 2 else 1)}

@@ -14,7 +14,6 @@ import functools
 import importlib.util
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -37,6 +36,7 @@ from client.data.load import load_site
 from common.command_line import run
 from common.images import normalise
 from common.plan import StudyPlan
+from deploy.benchmarks.machine import begin_peak, peak, processor
 
 SIDE, FITTED, SMALL = 256, 64, 32  # pixels
 BATCH = 64
@@ -221,13 +221,12 @@ def cost(images: int, start: Callable[[], Iterator[Tensor]]) -> Cost:
 
 
 def _measure(start: Callable[[], Iterator[Tensor]], sending: Connection) -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, began = _status("VmRSS"), time.perf_counter()
+    before, began = begin_peak(), time.perf_counter()
     batches = start()
-    started, by_start = time.perf_counter(), _status("VmHWM")
+    started, by_start = time.perf_counter(), peak()
     seen = sum(len(batch) for batch in batches)
-    pass_s, peak = time.perf_counter() - started, _status("VmHWM")
-    sending.send((seen, Cost(started - began, pass_s, (by_start - before) / 1024, (peak - before) / 1024)))
+    pass_s, whole = time.perf_counter() - started, peak()
+    sending.send((seen, Cost(started - began, pass_s, (by_start - before) / 2**20, (whole - before) / 2**20)))
 
 
 def rows_of(kind: str, folder: Path, fitted: int, read: Read | None, *, images: int, repeats: int) -> Iterator[str]:
@@ -273,7 +272,7 @@ def main(
 ) -> None:
     """Images a second from files to tensors, cached and not, beside a plain Dataset."""
     torch.set_num_threads(1)
-    typer.echo(f"{_machine()}, 1 thread, torch {torch.__version__}\n")
+    typer.echo(f"{processor()}, {os.cpu_count()} processors, 1 thread, torch {torch.__version__}\n")
     with tempfile.TemporaryDirectory(prefix="data-path-") as place:
         for line in table(Path(place), images=images, many=many, repeats=repeats):
             typer.echo(line)
@@ -304,22 +303,6 @@ def _plan(fitted: int) -> StudyPlan:
 
 def _median(costs: Sequence[Cost]) -> Cost:
     return Cost(*(statistics.median(values) for values in zip(*map(dataclasses.astuple, costs), strict=True)))
-
-
-def _status(name: str) -> int:
-    """KiB, of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def _machine() -> str:
-    models = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} processors"
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def _line(*cells: str) -> str:

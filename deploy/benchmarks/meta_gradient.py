@@ -14,7 +14,6 @@ import copy
 import ctypes
 import gc
 import os
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +22,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
 
@@ -44,6 +42,7 @@ from common.models import HEAD, build_model, parameters
 from common.params import Params, add, norm, scale, select, subtract
 from common.plan import AlgorithmSpec, ModelSpec, TaskSpec
 from common.tasks import TASKS
+from deploy.benchmarks.machine import TELLS_PEAKS, begin_peak, peak, processor
 
 WAYS, SHOTS, QUERY, SIDE = 5, 5, 15, 28
 SPEC = AlgorithmSpec(name="maml", inner_steps=5, inner_lr=0.1)
@@ -397,18 +396,12 @@ def peak_of(algorithm: str, name: str, tasks: int, device: str, threads: int) ->
         base = torch.cuda.memory_allocated()
         ROWS[algorithm][name](work)
         return torch.cuda.max_memory_allocated() - base
-    if platform.system() != "Linux":
+    if not TELLS_PEAKS:
         return None
     ctypes.CDLL(None).malloc_trim(0)
-    base = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    base = begin_peak()
     ROWS[algorithm][name](work)
-    return _status("VmHWM") - base
-
-
-def _status(what: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) * 1024
+    return peak() - base
 
 
 def measured(
@@ -452,8 +445,8 @@ def main(
 ) -> None:
     """Meta-gradients a second and their memory, beside peers and beside plain passes."""
     peers = [name for name in PEERS if _imports(name)]
-    threads = torch.get_num_threads()
-    typer.echo(f"{_machine()}, {threads} threads, torch {torch.__version__}, {device}, median of {rounds}")
+    where = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    typer.echo(f"{where}, torch {torch.__version__}, {device}, median of {rounds}")
     typer.echo(_COLUMNS)
     rows, fewest = list(rows_of(peers)), min(tasks)
     check(rows, work_of(2, device))  # warms up, too
@@ -478,12 +471,6 @@ def _imports(name: str) -> bool:
         typer.echo(f"no row of {name}: {error}")
         return False
     return True
-
-
-def _machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

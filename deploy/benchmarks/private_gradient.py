@@ -14,14 +14,12 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
-import platform
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
@@ -38,6 +36,7 @@ from common.models import MeanOverImage, Network, build_model, parameters, part_
 from common.params import select
 from common.plan import ModelSpec, TaskSpec
 from common.tasks import TASKS
+from deploy.benchmarks.machine import TELLS_PEAKS, begin_peak, peak, processor
 
 IMAGES, LR = 64, 0.01
 LAYOUTS = {
@@ -269,28 +268,19 @@ def peak_mb(step: Callable[[], None], device: str) -> float:
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if not Path("/proc/self/clear_refs").exists():
+    if not TELLS_PEAKS:
         return float("nan")
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status_kb("VmRSS")
+    before = begin_peak()
     step()
-    return (_status_kb("VmHWM") - before) / 1024
-
-
-def _status_kb(entry: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(entry))
+    return (peak() - before) / 2**20
 
 
 def machine(device: str) -> str:
     """Where this runs."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    models = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return (
-        f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 @app.command()
