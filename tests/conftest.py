@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from common.enrolment import Membership, grant_membership
 from common.keys import make_signing_key, public_hex
 from common.plan import StudyPlan
 from server.certificates import Authority
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by a shell that put the tests into the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the programs that tests start would inherit it
 
 SiteMaker = Callable[..., Path]
 PlanMaker = Callable[..., StudyPlan]
