@@ -184,7 +184,8 @@ def whole_start(start: Params, data: SiteData, plan: StudyPlan) -> Params:
 
 def train(learner: Learner, params: Params, data: SiteData, rows: Tensor, rng: torch.Generator) -> Params:
     """The whole network, by minibatch Adam, the rate falling to zero along a cosine."""
-    network = learner.network.to(memory_format=torch.channels_last)  # a fifth less time on a CPU
+    network = learner.network
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a seventh less time on a CPU
     network.load_state_dict({name: value for name, value in params.items() if name in network.state_dict()})
     optimizer = torch.optim.Adam(network.parameters(), lr=_LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)

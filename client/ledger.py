@@ -98,28 +98,32 @@ class Chain:
 @dataclass(frozen=True)
 class Ledger:
     """An open ledger. Every call reads the whole chain: rows that are word for word those that this object verified
-    before are not hashed again, and nothing else is remembered between calls."""
+    before are not hashed again, and nothing else is remembered between calls.
+
+    Not `durable`, as in a simulation, a charge survives a kill, but not a power cut.
+    """
 
     folder: Path
     terms: Terms
+    durable: bool = True
     _verified: list[Chain] = field(default_factory=list, init=False, repr=False, compare=False)  # the last one
 
     @staticmethod
-    def open(folder: Path, terms: Terms) -> Ledger:
+    def open(folder: Path, terms: Terms, *, durable: bool = True) -> Ledger:
         """Open the ledger in `folder`; create it if none was ever there.
 
         Raises LedgerDamaged if it is missing though it was there, cannot be read, was changed, is an older copy, or
         has other terms.
         """
         _check_terms(terms)
-        ledger = Ledger(folder, terms)
+        ledger = Ledger(folder, terms, durable)
         if not (folder / FILE).exists():
             if (folder / MARKER).exists():
                 raise LedgerDamaged(f"{folder / FILE} is missing, but it was opened before: restore it from its backup")
-            _create(folder, terms)
+            _create(folder, terms, durable=durable)
         head = ledger.head()
         if head not in noted_rows(folder):
-            note_rows(folder, *head)
+            note_rows(folder, *head, durable=durable)
         return ledger
 
     @staticmethod
@@ -146,7 +150,7 @@ class Ledger:
         LedgerDamaged, or ValueError for an event that is no mechanism.
         """
         _check_event(event)
-        with _transaction(self.folder / FILE) as connection:
+        with _transaction(self.folder / FILE, durable=self.durable) as connection:
             chain = self._read(connection)
             if any(charge.study == study and charge.round == round for charge in chain.charges):
                 raise RoundSpent(f"study {study[:12]} round {round} was charged before")
@@ -159,7 +163,7 @@ class Ledger:
             now = _now(chain.charges[-1].time if chain.charges else 0.0)
             row = next_row(chain.rows[-1], time=now, study=study, round=round, event=event, journal=journal)
             _append(connection, row)
-        note_rows(self.folder, row[0], row[4])
+        note_rows(self.folder, row[0], row[4], durable=self.durable)
         return Grant(event.count)
 
     def charges(self) -> tuple[Charge, ...]:
@@ -206,13 +210,13 @@ def read_chain(file: Path, *, mode: Literal["ro", "rw"] = "ro") -> Chain:
         return verified_chain(_rows(connection), file)
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """A ledger with these rows as a new file; on disk when this returns."""
+def write_rows(path: Path, rows: Sequence[Row], *, durable: bool = True) -> None:
+    """A ledger with these rows as a new file; on disk when this returns, if it is durable."""
     path.unlink(missing_ok=True)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     connection = sqlite3.connect(path, isolation_level=None)
     try:
-        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(_synchronous(durable))
         connection.execute("BEGIN IMMEDIATE")
         connection.execute(_TABLE)
         for row in rows:
@@ -229,12 +233,13 @@ def next_row(last: Row, *, time: float, study: str, round: int, event: Event, jo
     return last[0] + 1, study, round, body, _hash(last[0] + 1, last[4], body)
 
 
-def note_rows(folder: Path, rows: int, head: str) -> None:
-    """Note, durably, that the ledger had `rows` charges and this head; in any order, by any process."""
+def note_rows(folder: Path, rows: int, head: str, *, durable: bool = True) -> None:
+    """Note that the ledger had `rows` charges and this head; in any order, by any process."""
     with open(folder / MARKER, "ab") as marker:
         marker.write(f"\n{rows} {head}\n".encode())  # a line of its own, also after one that a crash tore
-        marker.flush()
-        os.fsync(marker.fileno())
+        if durable:
+            marker.flush()
+            os.fsync(marker.fileno())
 
 
 def noted_rows(folder: Path) -> set[tuple[int, str]]:
@@ -255,7 +260,7 @@ def rolled_back(file: Path, rows: int, witness: str) -> LedgerRolledBack:
 
 
 @contextmanager
-def _transaction(file: Path, *, mode: str = "rw") -> Iterator[sqlite3.Connection]:
+def _transaction(file: Path, *, mode: str = "rw", durable: bool = True) -> Iterator[sqlite3.Connection]:
     """A transaction: one process at a time may write, and what it wrote is committed whole or not at all."""
     try:
         connection = sqlite3.connect(
@@ -264,7 +269,7 @@ def _transaction(file: Path, *, mode: str = "rw") -> Iterator[sqlite3.Connection
     except sqlite3.Error as error:
         raise LedgerDamaged(f"{file} cannot be opened: {error}") from None
     try:
-        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(_synchronous(durable))
         connection.execute("BEGIN IMMEDIATE" if mode == "rw" else "BEGIN")
         yield connection
         connection.execute("COMMIT")
@@ -275,6 +280,10 @@ def _transaction(file: Path, *, mode: str = "rw") -> Iterator[sqlite3.Connection
         raise LedgerDamaged(f"{file}: it is damaged beyond what SQLite can say") from None
     finally:
         connection.close()  # rolls back what was not committed
+
+
+def _synchronous(durable: bool) -> str:
+    return f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}"
 
 
 def _rows(connection: sqlite3.Connection) -> tuple[Row, ...]:
@@ -306,12 +315,12 @@ def verified_chain(rows: tuple[Row, ...], file: Path, *, known: Chain | None = N
     return Chain(rows, _terms(rows[0][3], file), tuple(charges))
 
 
-def _create(folder: Path, terms: Terms) -> None:
+def _create(folder: Path, terms: Terms, *, durable: bool) -> None:
     """A ledger with its opening row, complete before it gets its name."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{FILE}.{os.getpid()}.tmp"
     body = json.dumps(asdict(terms), sort_keys=True)
-    write_rows(temporary, [(0, "", 0, body, _hash(0, _START, body))])
+    write_rows(temporary, [(0, "", 0, body, _hash(0, _START, body))], durable=durable)
     with contextlib.suppress(FileExistsError):  # another process was first: its ledger holds
         os.link(temporary, folder / FILE)
     temporary.unlink()

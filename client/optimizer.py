@@ -15,13 +15,13 @@ gradients are large, and the body.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from opacus.optimizers.optimizer import DPOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.discrete_noise import Lattice
 from client.patient_gradients import Grouping, Shares
@@ -55,19 +55,27 @@ def draw_patients(patients: int, *, sample_rate: float, generator: torch.Generat
     return torch.nonzero(coins < sample_rate).flatten()
 
 
+class _Trained(torch.optim.Optimizer):
+    """Names the parameters, and makes no step. Optimizer's own start would load torch's compiler: a second and a half
+    of every process that asks a query."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.param_groups = [{"params": list(parameters)}]
+
+
 class PatientDPOptimizer(DPOptimizer):
     """Opacus' DPOptimizer with the patient as its privacy unit.
 
     Call `group(patients)` before every physical batch: `patients[i]` is the patient of its row i, and a patient's rows
     must all be in one batch. Then `accumulate` with what `patient_gradients` finds for `self.patients`; after the last
-    batch `release`. `scales` has a public factor for each parameter, in the optimizer's order. `discrete`:
-    contributions are rounded to a lattice, and the noise is discrete (`client.discrete_noise`).
+    batch `release`. `scales` has a public factor for each parameter, in their order. `discrete`: contributions are
+    rounded to a lattice, and the noise is discrete (`client.discrete_noise`).
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, *, scales: Sequence[float], discrete: bool = False, **arguments: Any
+        self, parameters: Iterable[nn.Parameter], *, scales: Sequence[float], discrete: bool = False, **arguments: Any
     ) -> None:
-        super().__init__(optimizer, **arguments)
+        super().__init__(_Trained(parameters), **arguments)
         self._patients: Tensor | None = None
         self._scales, self._discrete = tuple(scales), discrete
 

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional
 
+from common.models import FeatureNorm
 from common.tasks import PerImage
 
 _BLOCK = 64  # squares summed in float32, in eight lanes or more: a relative error below 4e-7 of the norm
-_ROUNDING = 2.0**-23
 _TRAFFIC = 25  # multiplications in the time that writing, reading and adding up one number takes
 _MANY_POSITIONS, _SMALL_WEIGHT = 100, 20_000  # from or up to here a grouped convolution is ahead on a CPU
 
@@ -141,13 +141,17 @@ class Measured:
     def squares(self) -> Tensor:
         """Squared norms, float64 (patients,) on the CPU.
 
-        The sum will be rounded in float32, by a share of sum_t ||A_t|| ||B_t||: it counts as if it were gradient.
+        The sum will be computed in the rows' precision. Of T terms, each of a product with the factor, that is wrong by
+        at most (T + 2) roundings of sum_t ||A_t|| ||B_t|| in whatever order (Higham 2002, section 3.1): so much counts
+        as if it were gradient. What the patient does to the rounding of others' terms is nobody's share; where that
+        matters, noise is discrete, and every gradient written out.
         """
         left, right = (_joined(c.double(), self.patients) for c in _columns(self.layer, self.rows, self.gradients))
-        left, right = left.mT @ left, right.mT @ right
+        left, right = left.mT @ left, right.mT @ right  # (patients, T, T)
         squares = (left * right).sum(dim=(1, 2)).clamp(min=0.0)
         lengths = (left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)).sqrt().sum(dim=1)
-        return (squares.sqrt() + _ROUNDING * lengths).square().cpu()
+        rounded = (left.shape[1] + 2) * _rounding(self.rows.dtype) * lengths
+        return (squares.sqrt() + rounded).square().cpu()
 
     def sum(self, factors: Tensor) -> Tensor:
         """As `Written.sum`."""
@@ -256,6 +260,8 @@ class _Kept:
         if isinstance(module, nn.GroupNorm):
             normal = functional.group_norm(rows, module.num_groups, eps=module.eps)
             self._add_rows(own, {"weight": (gradient * normal).flatten(2).sum(dim=2), "bias": _over_places(gradient)})
+        elif isinstance(module, FeatureNorm):
+            self._add_rows(own, module.row_gradients(rows, gradient))
         elif _is_layer(module):
             self._add_rows(own, {"bias": _over_places(gradient if _is_image(module) else gradient.movedim(-1, 1))})
             if "weight" in own:
@@ -358,6 +364,11 @@ def _columns(layer: Layer, rows: Tensor, gradients: Tensor) -> tuple[Tensor, Ten
     narrow, wide = (rows, gradients) if isinstance(layer, nn.ConvTranspose2d) else (gradients, rows)
     patches = functional.unfold(wide, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
     return narrow.flatten(2), patches
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Of one operation, relative."""
+    return torch.finfo(dtype).eps / 2
 
 
 def _joined(columns: Tensor, patients: int) -> Tensor:

@@ -201,7 +201,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _at_most(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:
-    return rows[torch.randperm(len(rows), generator=generator)[:limit]]
+    return rows if len(rows) <= limit else rows[torch.randperm(len(rows), generator=generator)[:limit]]
 
 
 def _stack(chunk: list[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -408,7 +408,7 @@ class PrivateDataset:
         generator, network = os_generator(), self._patients.network
         trained = {name: value for name, value in network.named_parameters() if value.requires_grad}
         optimizer = PatientDPOptimizer(
-            torch.optim.SGD(trained.values(), lr=1.0),
+            trained.values(),
             scales=[mechanism.head_scale if name.startswith(HEAD) else 1.0 for name in trained],
             noise_multiplier=mechanism.noise_multiplier,
             max_grad_norm=mechanism.clip,

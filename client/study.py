@@ -113,9 +113,10 @@ def open_study(
     initial: Arrays,
     *,
     load: Load = load_site,
-    durable_releases: bool = True,
+    durable: bool = True,
 ) -> Study:
-    """Load the site's data for `plan` and check that everything fits together.
+    """Load the site's data for `plan` and check that everything fits together. What is not `durable`, as in a
+    simulation, survives a kill and no power cut.
 
     Raises SiteUnfit for data that does not fit the plan, BadInstruction for parameters that do not fit its network,
     LedgerDamaged.
@@ -144,8 +145,8 @@ def open_study(
         head=zeros_like(select(template, head)),
         mechanism=mechanism_of(plan, cost),
         event=_event(plan, cost),
-        ledger=_ledger(state, config, plan),
-        releases=ReleaseStore(state / "releases" / plan.digest, durable=durable_releases),
+        ledger=_ledger(state, config, plan, durable=durable),
+        releases=ReleaseStore(state / "releases" / plan.digest, durable=durable),
         masking=open_masking(state, config, plan),
     )
 
@@ -190,11 +191,11 @@ def _event(plan: StudyPlan, cost: PrivacyCost | None) -> Event | None:
     return Event(cost.sample_rate, cost.noise_multiplier, queries)
 
 
-def _ledger(state: Path, config: SiteConfig, plan: StudyPlan) -> Ledger | None:
+def _ledger(state: Path, config: SiteConfig, plan: StudyPlan, *, durable: bool) -> Ledger | None:
     """The hospital's ledger under the hospital's own budget; none is needed without privacy."""
     if plan.privacy is None:
         return None
-    return Ledger.open(state, config.budget.terms())
+    return Ledger.open(state, config.budget.terms(), durable=durable)
 
 
 def _require_fit(arrays: Arrays, template: Params) -> None:

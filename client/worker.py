@@ -159,7 +159,7 @@ class Worker:
                 plan,
                 initial,
                 load=self._load,
-                durable_releases=not self._simulated,
+                durable=not self._simulated,
             )
         return self._studies[plan.digest]
 

@@ -47,7 +47,7 @@ class Network(nn.Module):
 def build_model(model: ModelSpec, task: TaskSpec, *, ways: int, seed: int = 0) -> Network:
     """The plan's network with a zero head; all other initial values depend on `seed` alone."""
     with _SEEDED, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # no other device's, for which traces of the call would pile up
         body, features = _BODIES[model.name](task.channels, model.width, len(task.modalities))
         network = Network(body, _head(model, task, features, ways))
         if model.trainable == "mapping":
@@ -245,7 +245,14 @@ class FeatureNorm(nn.Module):
         self.gain = nn.Parameter(torch.tensor([float(features) ** 0.5]))
 
     def forward(self, features: Tensor) -> Tensor:
-        return (functional.normalize(features, dim=1) - self.centre) * self.gain
+        return self._centred(features) * self.gain
+
+    def row_gradients(self, features: Tensor, gradient: Tensor) -> Params:
+        """What each row's gradient at the output (n, F) is in the centre (n, F) and in the gain (n, 1)."""
+        return {"centre": -self.gain * gradient, "gain": (gradient * self._centred(features)).sum(dim=1, keepdim=True)}
+
+    def _centred(self, features: Tensor) -> Tensor:
+        return functional.normalize(features, dim=1) - self.centre
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ class RollCall:
 
     def __init__(self, plan: StudyPlan, instruction: PrepareInstruction, ledgers: LedgerCopies) -> None:
         self._plan, self._instruction, self._ledgers = plan, instruction, ledgers
+        self._enrolled_as: dict[int, str] = {}  # by node that was asked; empty on a grid that knows no names
         self._shown: dict[int, Ledger] = {}  # node -> what it was last told of its site's ledger
         self._ready: dict[int, str] = {}
         self._taken: set[str] = set()  # the sites that are ready
@@ -95,10 +96,11 @@ class RollCall:
         pause_s = min(max(_ASK_AGAIN_S, (now - self._began) / 4), _ASK_LATER_S)
         busy = {node for node, _ in self._asked.values()} | self._ready.keys()
         just_asked = {n for n, asked_at in self._last_asked.items() if not again or now - asked_at < pause_s}
-        nodes = [node for node in sorted(grid.get_node_ids()) if node not in busy | just_asked]
+        nodes = sorted(set(grid.get_node_ids()) - busy - just_asked)
         if not nodes:
             return
         names = _enrolled_names(grid)
+        self._enrolled_as |= {node: names.get(node, "") for node in nodes}
         self._shown |= {node: self._ledgers.newest(names[node]) if node in names else (0, "") for node in nodes}
         told = {node: self._shown[node] for node in nodes}
         sent = send(grid, address(self._instruction, PREPARE, told, timeout_s=self._timeout_s))
@@ -111,14 +113,12 @@ class RollCall:
         """Take the answers that have come."""
         if not self._asked:
             return
-        answers = list(grid.pull_messages(self._asked.keys()))
-        names = _enrolled_names(grid) if answers else {}
-        for message in answers:
+        for message in list(grid.pull_messages(self._asked.keys())):
             node, asked_at = self._asked.pop(message.metadata.reply_to_message_id)
-            self._take(message, node, seconds=time.monotonic() - asked_at, enrolled_as=names.get(node, ""))
+            self._take(message, node, seconds=time.monotonic() - asked_at)
 
-    def _take(self, message: Message, node: int, *, seconds: float, enrolled_as: str) -> None:
-        site = claimed_site(message)
+    def _take(self, message: Message, node: int, *, seconds: float) -> None:
+        site, enrolled_as = claimed_site(message), self._enrolled_as[node]
         known = enrolled_as or site
         outcome, reply = judge(
             message,

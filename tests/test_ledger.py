@@ -278,12 +278,28 @@ def test_a_ledger_is_read_under_its_own_terms(tmp_path: Path) -> None:
         Ledger.existing(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(("durable", "level"), [(True, 2), (False, 0)])
+def test_sqlite_waits_for_the_disk_where_the_ledger_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool, level: int
+) -> None:
+    """2 is FULL: the journal is on the disk before the file changes, and the file before a charge returns."""
+    seen, append = [], client.ledger._append
+
+    def watched(connection: sqlite3.Connection, row: client.ledger.Row) -> None:
+        seen.append(connection.execute("PRAGMA synchronous").fetchone()[0])
+        append(connection, row)
+
+    monkeypatch.setattr(client.ledger, "_append", watched)
+    Ledger.open(tmp_path, TERMS, durable=durable).charge(study=STUDY, round=1, event=EVENT)
+    assert seen == [level, level]  # the opening row, and the charge
+
+
 _CHARGER = """
 import sys
 from pathlib import Path
 from client.ledger import Ledger, Terms
 from common.accounting import Event
-ledger = Ledger.open(Path(sys.argv[1]), Terms(epsilon=3.0, delta=1e-3))
+ledger = Ledger.open(Path(sys.argv[1]), Terms(epsilon=3.0, delta=1e-3), durable=sys.argv[2] == "durable")
 for round in range(1, 10_000):
     ledger.charge(study="a" * 64, round=round, event=Event(1e-4, 10.0, 1))
     print(round, flush=True)
@@ -291,12 +307,13 @@ for round in range(1, 10_000):
 
 
 @pytest.mark.timeout(120)
-def test_kill_at_any_moment_loses_no_charge(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", ["durable", "simulated"])
+def test_kill_at_any_moment_loses_no_charge(tmp_path: Path, kept: str) -> None:
     """Every charge that was granted before the kill is in the ledger; the ledger opens again."""
-    for attempt in range(3):
+    for attempt in range(2):
         folder = tmp_path / str(attempt)
         charger = subprocess.Popen(
-            [sys.executable, "-c", _CHARGER, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, "-c", _CHARGER, str(folder), kept], stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
         assert charger.stdout is not None
         granted = [charger.stdout.readline() for _ in range(5 + 7 * attempt)]

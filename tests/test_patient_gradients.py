@@ -107,7 +107,7 @@ def clipped_sum(
     """The sum, and the shares of which it was made."""
     inputs, targets, owner = seen
     optimizer = PatientDPOptimizer(
-        torch.optim.SGD(trained.values(), lr=1.0),
+        trained.values(),
         scales=[1.0] * len(trained),
         noise_multiplier=0.0,
         max_grad_norm=CLIP,
@@ -215,6 +215,32 @@ def test_squares_are_those_of_float64() -> None:
     values = torch.randn(3, 7, 1001, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 1001)
     want = values.double().flatten(1).square().sum(dim=1)
     assert torch.allclose(Written(values).squares(), want, rtol=8e-7, atol=0.0)
+
+
+def sums_are_within_their_norms(seed: int, positions: int, *, cancelling: bool) -> bool:
+    """Whether what float32 makes of a patient's sum is no longer than what is measured; some patients' true sums are
+    next to nothing beside their terms."""
+    rng = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(6, 5)
+    inputs = torch.randn(4, positions, 6, generator=rng)
+    gradients = torch.randn(4, positions, 5, generator=rng)
+    if cancelling:
+        inputs[:] = inputs[:, :1]
+        gradients[:, -1] = -gradients[:, :-1].sum(dim=1)
+    measured = Measured(layer, inputs, gradients, 4)
+    factors = 0.3 + 0.7 * torch.rand(4, dtype=torch.float64, generator=rng)
+    alone = torch.stack([measured.sum(factors * one).double().norm() for one in torch.eye(4)])
+    return bool((alone <= factors * measured.squares().sqrt()).all())
+
+
+@given(seed=st.integers(0, 2**32 - 1), positions=st.integers(2, 200), cancelling=st.booleans())
+def test_rounding_is_part_of_the_norm(seed: int, positions: int, cancelling: bool) -> None:
+    assert sums_are_within_their_norms(seed, positions, cancelling=cancelling)
+
+
+def test_without_its_allowance_a_cancelling_sum_is_longer_than_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.patient_gradients, "_rounding", lambda dtype: 0.0)
+    assert not all(sums_are_within_their_norms(seed, 30, cancelling=True) for seed in range(10))
 
 
 # ---- in the query: chunks, bfloat16, a full memory --------------------------------------------------------------

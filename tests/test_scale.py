@@ -205,3 +205,12 @@ def test_the_table_of_the_benchmark():
 def test_the_engines_of_the_benchmark_do_the_same_work(engine, tmp_path):
     names = make_sites(tmp_path / "sites", 3)
     assert len(ENGINES[engine](tmp_path / "sites", names, 2)) == 3
+
+
+def test_the_names_of_nodes_are_asked_for_once_and_not_for_each_reply(tmp_path, monkeypatch):
+    """Listing all nodes again for each answer would be quadratic, as it was."""
+    names, listed = make_sites(tmp_path / "sites", 12), count()
+    nodes = LocalGrid.get_nodes
+    monkeypatch.setattr(LocalGrid, "get_nodes", lambda grid: (next(listed), nodes(grid))[1])
+    consilium(tmp_path / "sites", names, 1)
+    assert next(listed) == 1

@@ -276,7 +276,9 @@ def test_files_that_are_no_npz(tmp_path: Path, plan: StudyPlan) -> None:
     whole = (folder / "data.npz").read_bytes()
     for content in (b"", b"hello", whole[: len(whole) // 2]):
         (folder / "data.npz").write_bytes(content)
-        assert "not an npz file -- write it with numpy.savez_compressed" in refused(folder, plan)[0]
+        (told,) = refused(folder, plan)
+        assert "not an npz file" in told
+        assert told.endswith(" -- write it with numpy.savez_compressed")
     with (folder / "data.npz").open("wb") as file:
         np.save(file, np.zeros(3))
     assert "not an npz file" in refused(folder, plan)[0]

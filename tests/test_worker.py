@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,29 @@ def test_the_charge_is_written_before_the_first_query(
     monkeypatch.setattr(client.study.PrivateDataset, "gradient", watched)
     worker.train(instruct(plan))
     assert seen == [1, 1]
+
+
+@pytest.mark.parametrize("simulated", [False, True])
+def test_a_real_sites_charge_is_on_the_disk_before_the_first_query(
+    make_site: SiteMaker, make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch, simulated: bool
+) -> None:
+    """A simulation waits for no disk: its charges survive a kill, as those of the test of kills do."""
+    plan, folder = make_plan(), make_site("alder")
+    approval.approve(folder / "state", plan, by="a test")
+    worker = Worker(folder, state=folder / "state", simulated=True) if simulated else real_worker(folder)
+    assert prepare(worker, plan).code == "ok"
+    synced: list[str] = []
+    query = client.study.PrivateDataset.gradient
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    monkeypatch.setattr(
+        client.study.PrivateDataset, "gradient", lambda *asked: (synced.append("query"), query(*asked))[1]
+    )
+    assert worker.train(instruct(plan)).code == "ok"
+    before = synced[: synced.index("query")]
+    assert any(file.endswith("/ledger.opened") for file in before) is not simulated
+    ledger = worker._studies[plan.digest].ledger
+    assert ledger is not None
+    assert ledger.durable is not simulated  # SQLite syncs its own file, as the ledger's tests show
 
 
 def test_an_algorithm_that_asks_more_than_was_charged_fails_closed(

@@ -143,8 +143,9 @@ def _load(path: Path, problems: list[Problem], *, pixels: bool) -> Arrays | None
             problems.append(Problem(str(path), "holds pickled objects, which are never opened", remedy))
         else:
             problems.append(Problem(str(path), "is not an npz file", "write it with numpy.savez_compressed"))
-    except Exception:  # zipfile, zlib and numpy raise many types on a damaged archive
-        problems.append(Problem(str(path), "is damaged, or not an npz file", "write it with numpy.savez_compressed"))
+    except Exception as error:  # zipfile, zlib and numpy raise many types on a damaged archive
+        what = f"is damaged, or not an npz file ({type(error).__name__}: {error})"
+        problems.append(Problem(str(path), what, "write it with numpy.savez_compressed"))
     return None
 
 

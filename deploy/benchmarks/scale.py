@@ -3,10 +3,10 @@ and Apple's pfl-research, where they are installed, on the same work.
 
     python -m deploy.benchmarks.scale
 
-Every site has 8 patients with an image of 28 pixels each, and takes two steps of SGD on all of them with a Conv-4 of 8
-filters; the server takes the mean. Each row is a process of its own with the processes that it starts; memory is that
-of all of them together. In "private" the same steps are private queries: clipped, with noise, charged to a ledger of
-each site that is on disk before they begin.
+Every site has 8 patients, or as many as `--patients` says, with an image of 28 pixels each, and takes two steps of SGD
+on all of them with a Conv-4 of 8 filters; the server takes the mean. Each row is a process of its own with the
+processes that it starts; memory is that of all of them together. In "private" the same steps are private queries:
+clipped, with noise, charged to a ledger of each site before they begin.
 """
 
 from __future__ import annotations
@@ -43,28 +43,29 @@ Ends = list[float]  # when each round was over, the start of the first one befor
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def make_sites(folder: Path, sites: int) -> list[str]:
+def make_sites(folder: Path, sites: int, patients: int = PATIENTS) -> list[str]:
     """Site folders SITE00000 .. of drawn noise whose label is its brightness."""
     names = [f"site{number:05d}" for number in range(sites)]
+    budget = f"{{epsilon: 50, delta: {_delta(patients)}}}"
     rng = np.random.default_rng(0)
-    labels = np.arange(PATIENTS) % 2
+    labels, numbers = np.arange(patients) % 2, np.arange(patients)
     for name in names:
         (folder / name).mkdir(parents=True)
-        images = rng.integers(0, 196, (PATIENTS, 28, 28)) + 60 * labels[:, None, None]
-        columns = {"labels": labels, "label_names": ["dark", "light"], "patient_ids": labels.cumsum() + np.arange(8)}
+        images = rng.integers(0, 196, (patients, 28, 28)) + 60 * labels[:, None, None]
+        columns = {"labels": labels, "label_names": ["dark", "light"], "patient_ids": numbers}
         np.savez(folder / name / "data.npz", images=images.astype(np.uint8), **columns)
-        (folder / name / "site.yaml").write_text(f"name: {name}\nnpz: data.npz\nbudget: {{epsilon: 50, delta: 0.01}}\n")
+        (folder / name / "site.yaml").write_text(f"name: {name}\nnpz: data.npz\nbudget: {budget}\n")
     return names
 
 
-def plan_of(names: list[str], *, rounds: int, private: bool) -> StudyPlan:
+def plan_of(names: list[str], *, rounds: int, private: bool, patients: int = PATIENTS) -> StudyPlan:
     """The study that is run."""
-    privacy: Any = {"epsilon": 20, "delta": 0.01, "monitor": False} if private else "none"
+    privacy: Any = {"epsilon": 20, "delta": _delta(patients), "monitor": False} if private else "none"
     return StudyPlan.model_validate(
         {
             "study": "scale",
             "task": {"kind": "classification", "image_size": 28, "label_sets": {"light": ["dark", "light"]}},
-            "sites": {name: {"labels": "light", "patients": PATIENTS} for name in names},
+            "sites": {name: {"labels": "light", "patients": patients} for name in names},
             "model": {"name": "conv4", "width": WIDTH, "trainable": "all"},
             "algorithm": {"name": "reptile", "inner_steps": STEPS, "inner_lr": RATE},
             "sampling": {"sample_rate": 1.0, "max_images_per_patient": 1},
@@ -76,8 +77,12 @@ def plan_of(names: list[str], *, rounds: int, private: bool) -> StudyPlan:
     )
 
 
+def _delta(patients: int) -> float:
+    return min(0.01, 0.1 / patients)
+
+
 def read_site(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 images (8, 1, 28, 28) and int64 labels (8,)."""
+    """float32 images (n, 1, 28, 28) and int64 labels (n,)."""
     with np.load(folder / "data.npz") as columns:
         images = torch.from_numpy(columns["images"]).float().unsqueeze(1) / 255.0
         return images, torch.from_numpy(columns["labels"])
@@ -125,7 +130,8 @@ def consilium(folder: Path, names: list[str], rounds: int, *, private: bool = Fa
             if record.round:
                 self.ends.append(time.monotonic())
 
-    plan = plan_from_json(plan_of(names, rounds=rounds, private=private).to_json())
+    patients = len(read_site(folder / names[0])[1])
+    plan = plan_from_json(plan_of(names, rounds=rounds, private=private, patients=patients).to_json())
     federation = Federation(
         plan, folder.parent / "run", {name: folder / name for name in names}, initial_parameters(plan, folder)
     )
@@ -158,7 +164,7 @@ def flower(folder: Path, names: list[str], rounds: int) -> Ends:
         model = conv4(WIDTH)
         model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
         train(model, *read_site(folder / names[int(context.node_config["partition-id"])]))
-        metrics = MetricRecord({"num-examples": PATIENTS})
+        metrics = MetricRecord({"num-examples": 1})
         return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
 
     @server.main()
@@ -226,7 +232,7 @@ def pfl(folder: Path, names: list[str], rounds: int) -> Ends:
         backend=SimulatedBackend(training_data=data, val_data=data),
         model=PyTorchModel(network, local_optimizer_create=torch.optim.SGD, central_optimizer=central),
         model_train_params=NNTrainHyperParams(
-            local_batch_size=PATIENTS, local_num_epochs=STEPS, local_learning_rate=RATE
+            local_batch_size=len(read_site(folder / names[0])[1]), local_num_epochs=STEPS, local_learning_rate=RATE
         ),
         callbacks=[Watch()],
         send_metrics_to_platform=False,
@@ -263,10 +269,10 @@ class Row:
         return [f"{self.sites:,}", self.engine, f"{seconds:.3g}", per_site, ratio, f"{self.peak_mb:.0f}"]
 
 
-def measure(engine: str, sites: int, rounds: int) -> Row:
+def measure(engine: str, sites: int, rounds: int, patients: int = PATIENTS) -> Row:
     """Run it in a process of its own, and watch the memory of that process and of all that it starts."""
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
-        names = make_sites(Path(folder) / "sites", sites)
+        names = make_sites(Path(folder) / "sites", sites, patients)
         process = multiprocessing.get_context("spawn").Process(target=_run, args=(engine, folder, names, rounds))
         began, peak = time.monotonic(), 0.0
         process.start()
@@ -290,10 +296,11 @@ def rounds_of(sites: int) -> int:
     return 6 if sites <= 100 else 2
 
 
-def table(rows: list[Row], remarks: list[str]) -> Iterator[str]:
+def table(rows: list[Row], remarks: list[str], patients: int = PATIENTS) -> Iterator[str]:
     """Markdown."""
     threads = f"{os.cpu_count()} cores, one thread a process"
-    yield f"{platform.machine()}, {threads}, torch {torch.__version__}; two steps of SGD at each site of 8 images"
+    work = f"two steps of SGD at each site of {patients} images"
+    yield f"{platform.machine()}, {threads}, torch {torch.__version__}; {work}"
     yield ""
     yield "| sites | engine | s a round | ms a site | beside the plain loop | peak MB |"
     yield "|---|---|---|---|---|---|"
@@ -308,6 +315,7 @@ def table(rows: list[Row], remarks: list[str]) -> Iterator[str]:
 def main(
     sites: Annotated[list[int] | None, typer.Option(help="How many; once for each.")] = None,
     engine: Annotated[list[str] | None, typer.Option(help=f"Of: {', '.join(ENGINES)}; once for each.")] = None,
+    patients: Annotated[int, typer.Option(min=2, help="Of each site, with an image each.")] = PATIENTS,
     limit_s: Annotated[float, typer.Option(help="Leave out what would take longer, by the row before.")] = LIMIT_S,
 ) -> None:
     """Seconds and memory of a round with many sites."""
@@ -321,9 +329,9 @@ def main(
             if last is not None and too_long(last, sites=count, limit_s=limit_s):
                 remarks.append(f"{name} with {count:,} sites would take more than {limit_s:g} s.")
                 break
-            last = measure(name, count, rounds_of(count))
+            last = measure(name, count, rounds_of(count), patients)
             rows.append(last)
-    typer.echo("\n".join(table(rows, remarks)))
+    typer.echo("\n".join(table(rows, remarks, patients)))
 
 
 def _run(engine: str, folder: str, names: list[str], rounds: int) -> None:
