@@ -1,8 +1,10 @@
 # shellcheck shell=bash
 # Sourced by demo.sh and test.sh. `prepare_environment EXTRAS` leaves .venv with Consilium and EXTRAS installed,
 # installs nothing if that was done before with the same pyproject.toml, and puts .venv/bin on PATH.
-# PYTHON=/path/to/python3 chooses the interpreter of a new .venv.
+# PYTHON=/path/to/python3 chooses the interpreter of a new .venv. What is installed is compiled when it is first used:
+# all of it at once would take a minute, of which most is never needed.
 
+unset PYTHONDONTWRITEBYTECODE # many programs would each compile what they import
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0 PYTHONSAFEPATH=1
 
 is_usable_python() {
@@ -30,7 +32,7 @@ install_torch() {
     if has_gpu; then
         return # pip takes torch's default build with everything else
     fi
-    python -m pip install --quiet --constraint deploy/constraints-cpu.txt torch ||
+    python -m pip install --quiet --no-compile --constraint deploy/constraints-cpu.txt torch ||
         echo "The package index has no CPU-only build of torch: taking its default build, which may be large." >&2
 }
 
@@ -49,7 +51,7 @@ prepare_environment() {
     fi
     echo "Installing Consilium${extras:+ with $extras} into .venv (once; a few minutes)"
     install_torch
-    python -m pip install --quiet --editable ".${extras:+[$extras]}"
+    python -m pip install --quiet --no-compile --editable ".${extras:+[$extras]}"
     rm -f .venv/installed-*
     touch ".venv/installed-$digest-$extras"
 }

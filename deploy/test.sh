@@ -20,6 +20,5 @@ check ruff format --check .
 check mypy
 processes=$(($(nproc) + 1)) # one more than processors: federations often wait
 export OMP_NUM_THREADS=1 # each process of the tests has one core
-unset PYTHONDONTWRITEBYTECODE # hundreds of programs would each compile what they import
 check pytest --numprocesses "$processes" --dist load --maxschedchunk 1 "$@"
 exit "$status"

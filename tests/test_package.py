@@ -188,13 +188,13 @@ def checkout(tmp_path: Path) -> Checkout:
     return made
 
 
-TORCH = "-m pip install --quiet --constraint deploy/constraints-cpu.txt torch"
+TORCH = "-m pip install --quiet --no-compile --constraint deploy/constraints-cpu.txt torch"
 
 
 def test_the_first_call_installs_and_the_second_does_not(checkout: Checkout) -> None:
     first, second = checkout.run("demo.sh"), checkout.run("demo.sh")
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    assert checkout.installed == [TORCH, "-m pip install --quiet --editable ."]
+    assert checkout.installed == [TORCH, "-m pip install --quiet --no-compile --editable ."]
     assert "Installing Consilium into .venv" in first.stdout
     assert "Installing" not in second.stdout
 
@@ -211,7 +211,7 @@ def test_a_changed_pyproject_is_installed_again(checkout: Checkout) -> None:
 def test_the_tests_need_more_than_the_demo_and_the_demo_nothing_more_than_the_tests(checkout: Checkout) -> None:
     checkout.run("demo.sh")
     checkout.run("test.sh")
-    assert checkout.installed[3:] == ["-m pip install --quiet --editable .[imaging,export,simulation,dev]"]
+    assert checkout.installed[3:] == ["-m pip install --quiet --no-compile --editable .[imaging,export,simulation,dev]"]
     checkout.run("demo.sh")
     checkout.run("test.sh")
     assert len(checkout.installed) == 4
@@ -220,7 +220,7 @@ def test_the_tests_need_more_than_the_demo_and_the_demo_nothing_more_than_the_te
 def test_with_a_gpu_torch_comes_in_its_default_build(checkout: Checkout) -> None:
     checkout.program("nvidia-smi", "exit 0")
     checkout.run("demo.sh")
-    assert checkout.installed == ["-m pip install --quiet --editable ."]
+    assert checkout.installed == ["-m pip install --quiet --no-compile --editable ."]
 
 
 def test_without_a_cpu_build_the_default_one_is_taken_and_said(checkout: Checkout) -> None:
@@ -228,7 +228,7 @@ def test_without_a_cpu_build_the_default_one_is_taken_and_said(checkout: Checkou
     done = checkout.run("demo.sh")
     assert done.returncode == 0
     assert "no CPU-only build of torch" in done.stderr
-    assert checkout.installed == [TORCH, "-m pip install --quiet --editable ."]
+    assert checkout.installed == [TORCH, "-m pip install --quiet --no-compile --editable ."]
 
 
 def test_an_old_python_is_refused_in_words(checkout: Checkout) -> None:
