@@ -30,8 +30,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 def run_on_ray(
     server_app: ServerApp, client_app: ClientApp, *, nodes: int, jobs: int, home: Path, stop: threading.Event
 ) -> None:
-    """Run `server_app` against `nodes` virtual nodes, `jobs` of them at once, each on one CPU and one thread; on a
-    cluster that is there already as many as it has CPUs.
+    """Run `server_app` against `nodes` virtual nodes, `jobs` of them at once, each on one CPU and one thread, all on
+    this machine's GPUs if it has any; on a cluster that is there already as many as it has CPUs.
 
     `home` is a folder of its own, for Flower's files. `stop` ends the ServerApp when Ray fails. What the ServerApp
     raises comes out as it is; raises UsageError if Ray is not installed, RunError if it fails.
@@ -54,7 +54,7 @@ def run_on_ray(
                 exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
                 client_app=client_app,
                 server_app=server_app,
-                backend_config={"init_args": init, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+                backend_config={"init_args": init, "client_resources": {"num_cpus": 1, "num_gpus": gpu_share(jobs)}},
             )
         except RuntimeError as error:
             if error.__cause__ is None:  # not Flower's own, which wraps what went wrong in Ray
@@ -62,6 +62,13 @@ def run_on_ray(
             raise RunError(f"Ray failed: {_first(error)} -- try --engine local") from error
         finally:
             stop.set()
+
+
+def gpu_share(jobs: int) -> float:
+    """Of a GPU for each of `jobs` sites at once, at most a whole one; Ray shows none to a site with a share of 0."""
+    import torch
+
+    return min(1.0, torch.cuda.device_count() / jobs)
 
 
 @contextmanager

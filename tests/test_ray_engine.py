@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.errors import UsageError
 from server import ray_engine
@@ -110,3 +111,11 @@ def test_ray_is_not_installed(make_plan, tmp_path, monkeypatch):
         UsageError, match=r"--engine ray: Ray is not installed -- pip install 'consilium\[simulation\]'"
     ):
         drive(fake_federation(make_plan(), tmp_path), FakeSites(tmp_path, ()).app(), engine="ray")
+
+
+@pytest.mark.parametrize(("gpus", "jobs", "share"), [(0, 2, 0.0), (1, 1, 1.0), (1, 4, 0.25), (4, 2, 1.0)])
+def test_sites_that_run_at_once_share_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, jobs: int, share: float
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert ray_engine.gpu_share(jobs) == share
