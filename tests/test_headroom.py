@@ -43,7 +43,7 @@ def test_the_signal_of_one_patient_is_the_clip_by_the_length_of_the_noise(
 ) -> None:
     data = {"alder": load_site(make_site("alder", patients=1), lone, site="alder")}
     pooled = Pooled(initial_parameters(lone, Path()), data, lone)
-    pooled.learn("head", range(5), count=5)  # a head of zeros lets no gradient through
+    pooled.learn("head", steps=5)  # a head of zeros lets no gradient through
     groups = [8, 16, 24, 32]
     film = 2 * sum(groups)
     convolutions = 8 * 25 + sum(9 * a * b for a, b in pairwise(groups)) + sum(groups)
@@ -56,9 +56,9 @@ def test_only_the_part_is_trained_and_the_start_stays(lone: StudyPlan, make_site
     start = initial_parameters(lone, Path())
     before = {name: value.clone() for name, value in start.items()}
     pooled = Pooled(start, {"alder": load_site(make_site("alder"), lone, site="alder")}, lone)
-    pooled.learn("head", range(2), count=2)
+    pooled.learn("head", steps=2)
     assert all(torch.equal(pooled.body[name], start[name]) for name in pooled.body)
-    pooled.learn("film", range(2), count=2)
+    pooled.learn("film", steps=2)
     moved = {name for name, value in pooled.body.items() if not torch.equal(value, start[name])}
     assert moved == {f"body.{layer}.{kind}" for layer in (2, 5, 8, 11) for kind in ("weight", "bias")}
     assert all(torch.equal(before[name], start[name]) for name in start)

@@ -3,18 +3,20 @@
     python -m deploy.benchmarks.headroom deploy/studies/hospitals.yaml --sites sites/hospitals
 
 A row for the start itself, and one for each part of the network that a plan may train. That part is trained on the
-images of all training hospitals in one place, without privacy, each hospital with a head of its own: more than that no
-federation could learn of them in as many steps. The result is measured as the study measures a start, on new patients
-of the hospitals that took part and on hospitals that never did. Beside it stand the numbers that would be trained, and
-the length of one private query's signal (the sum of the clipped gradients) by that of its noise: of one query, and of
-all queries of the study at all hospitals together if they all said the same, which is the most they can.
+images of all training hospitals in one place, without privacy, each hospital with a head of its own: a federation would
+hardly learn more of them in as many steps. The result is measured as the study measures a start, on new patients of the
+hospitals that took part and on hospitals that never did. Beside it stand the numbers that would be trained, and the
+length of one private query's signal (the sum of the clipped gradients) by that of its noise: of one query, and of all
+queries of the study at all hospitals together if they all said the same, which is the most they can.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Annotated
@@ -31,6 +33,7 @@ from client.data.dataset import SiteData
 from client.data.load import load_site
 from client.grant import Grant
 from client.private_data import Mechanism, Patients, PrivateDataset
+from client.study import mechanism_of
 from common.accounting import plan_cost
 from common.command_line import run
 from common.errors import Problem, UsageError
@@ -39,12 +42,14 @@ from common.models import HEAD, Network, build_model, parameters, part_names
 from common.params import Params, select
 from common.plan import StudyPlan, load_plan
 from common.tasks import task_of
+from server.pretrain import Steps
 from server.simulation import site_folders
 from server.start import initial_parameters
 
 PARTS = {"film": 1e-2, "all": 1e-3}  # trainable part -> Adam's rate
 HEAD_RATE, HEAD_STEPS = 1e-2, 50  # before the body moves, the heads learn what they can of the start
 BATCH = 32  # images of each hospital in a step
+_NEXT_TO_NOTHING = 1e-9  # of noise, where the signal is asked for
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -76,10 +81,9 @@ class Pooled:
         self._networks = {
             name: build_model(plan.model, plan.task, ways=data.ways) for name, data in self._training.items()
         }
-        self._body = next(iter(self._networks.values())).body
         for name, network in self._networks.items():
+            network.body = self.network.body
             network.load_state_dict(whole_start(start, self._training[name], plan))
-            network.body = self._body
         self._rng = torch.Generator().manual_seed(plan.seed)
 
     @property
@@ -92,14 +96,14 @@ class Pooled:
         """The body as it stands."""
         return {name: value for name, value in parameters(self.network).items() if not name.startswith(HEAD)}
 
-    def learn(self, part: str, steps: Iterable[int], *, count: int) -> None:
+    def learn(self, part: str, *, steps: int, each_step: Steps = iter) -> None:
         """Adam on the hospitals' mean loss, its rate falling to zero along a cosine."""
         heads = [parameter for network in self._networks.values() for parameter in network.head.parameters()]
         moving = list(select(dict(self.network.named_parameters()), _body(self.network, part)).values())
         groups = [{"params": heads, "lr": HEAD_RATE}, {"params": moving, "lr": PARTS.get(part, HEAD_RATE)}]
         optimizer = torch.optim.Adam([group for group in groups if group["params"]])
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
-        for _ in steps:
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in each_step(range(steps)):
             optimizer.zero_grad()
             for name in self._training:
                 self._loss(name).backward()
@@ -117,22 +121,16 @@ class Pooled:
         return task.loss(self._networks[name](inputs), targets).mean()
 
     def _signal_of(self, name: str, part: str) -> float:
-        network, privacy, cost = self._networks[name], self._plan.privacy, plan_cost(self._plan, name)
-        if privacy is None or cost is None:
+        network, cost = self._networks[name], plan_cost(self._plan, name)
+        asked = mechanism_of(self._plan, cost)
+        if not isinstance(asked, Mechanism):  # there is no noise
             return math.nan
-        unnoised = Mechanism(
-            sample_rate=self._plan.sampling.sample_rate,
-            noise_multiplier=1e-9,
-            clip=privacy.clip,
-            batch=1.0,
-            max_images=self._plan.sampling.max_images_per_patient,
-            head_scale=privacy.head_scale,
-        )
+        alone = dataclasses.replace(asked, noise_multiplier=_NEXT_TO_NOTHING, batch=1.0)
         params = select(parameters(network), part_names(network, part))
         patients = Patients(self._training[name], network, self._tasks[name])
-        gradient = PrivateDataset(patients, unnoised, Grant(1)).gradient(params)
+        gradient = PrivateDataset(patients, alone, Grant(1)).gradient(params)
         body = torch.cat([gradient[key].flatten() for key in _body(network, part)])
-        return float(body.norm()) / (cost.noise_multiplier * privacy.clip * math.sqrt(len(body)))
+        return float(body.norm()) / (asked.noise_multiplier * asked.clip * math.sqrt(len(body)))
 
 
 def measure(start: Params, sites: dict[str, SiteData], plan: StudyPlan) -> tuple[float, float]:
@@ -151,9 +149,9 @@ def rows_of(start: Params, sites: dict[str, SiteData], plan: StudyPlan, *, steps
     rows = [Row("the start", 0, *measure(start, sites, plan))]
     for part in PARTS:
         pooled = Pooled(start, sites, plan)
-        pooled.learn("head", range(HEAD_STEPS), count=HEAD_STEPS)
+        pooled.learn("head", steps=HEAD_STEPS)
         query = pooled.signal(part)
-        pooled.learn(part, track(range(steps), f"Training {part}", console=console), count=steps)
+        pooled.learn(part, steps=steps, each_step=partial(track, description=f"Training {part}", console=console))
         numbers = sum(value.numel() for value in select(parameters(network), _body(network, part)).values())
         rows.append(Row(part, numbers, *measure(start | pooled.body, sites, plan), query, query * _together(plan)))
     return rows

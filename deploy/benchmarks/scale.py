@@ -88,6 +88,10 @@ def read_site(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         return images, torch.from_numpy(columns["labels"])
 
 
+def _patients_at(folder: Path) -> int:
+    return len(read_site(folder)[1])
+
+
 def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
     """What every site does, without privacy."""
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
@@ -130,7 +134,7 @@ def consilium(folder: Path, names: list[str], rounds: int, *, private: bool = Fa
             if record.round:
                 self.ends.append(time.monotonic())
 
-    patients = len(read_site(folder / names[0])[1])
+    patients = _patients_at(folder / names[0])
     plan = plan_from_json(plan_of(names, rounds=rounds, private=private, patients=patients).to_json())
     federation = Federation(
         plan, folder.parent / "run", {name: folder / name for name in names}, initial_parameters(plan, folder)
@@ -232,7 +236,7 @@ def pfl(folder: Path, names: list[str], rounds: int) -> Ends:
         backend=SimulatedBackend(training_data=data, val_data=data),
         model=PyTorchModel(network, local_optimizer_create=torch.optim.SGD, central_optimizer=central),
         model_train_params=NNTrainHyperParams(
-            local_batch_size=len(read_site(folder / names[0])[1]), local_num_epochs=STEPS, local_learning_rate=RATE
+            local_batch_size=_patients_at(folder / names[0]), local_num_epochs=STEPS, local_learning_rate=RATE
         ),
         callbacks=[Watch()],
         send_metrics_to_platform=False,
