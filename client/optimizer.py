@@ -15,7 +15,8 @@ gradients are large, and the body.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,11 @@ from opacus.optimizers.optimizer import DPOptimizer
 from torch import Tensor, nn
 
 from client.discrete_noise import Lattice
-from client.patient_gradients import Grouping, Shares
+from client.patient_gradients import Grouping, Share, Shares, Written
 from common.timing import timed
 
 _MARGIN = 1e-6  # relative; keeps a clipped float32 gradient at or below C
-
+_SMALL = 10_000  # numbers of a parameter
 
 _MERSENNE_WORDS = 624
 
@@ -126,43 +127,64 @@ class PatientDPOptimizer(DPOptimizer):
         A patient with a non-finite gradient contributes zero: a NaN that reached the release would reveal that
         the patient joined.
         """
+        bundles = list(self._bundles())
         squares = torch.zeros(self._groups.patients, dtype=torch.float64)
-        for scale, parameter in zip(self._scales, self._trained, strict=True):
-            if parameter.grad_sample:
-                squares += scale**2 * torch.cat([share.squares() for share in parameter.grad_sample])
+        for scale, _, shares in bundles:
+            if shares:
+                squares += scale**2 * torch.cat([share.squares() for share in shares])
         norms = squares.sqrt()
         limit, lattice = self.max_grad_norm, self._lattice
         if lattice is not None:
             limit = lattice.bound(limit, sum(parameter.numel() for parameter in self._trained))
         factors = (limit / (norms * (1 + _MARGIN) + 1e-30)).clamp(max=1.0)
         factors = torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
-        sums = [
-            _sum(parameter, scale * factors, lattice)
-            for scale, parameter in zip(self._scales, self._trained, strict=True)
-        ]
-        for parameter, total in zip(self._trained, sums, strict=True):
-            parameter.summed_grad = total
+        sums = [_sum(parameters, shares, scale * factors, lattice) for scale, parameters, shares in bundles]
+        for (_, parameters, _), total in zip(bundles, sums, strict=True):
+            for parameter, own in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+                before, own = parameter.summed_grad, own.reshape(parameter.shape)
+                parameter.summed_grad = own if before is None else before.add_(own)
+
+    def _bundles(self) -> Iterator[tuple[float, list[Any], list[Share]]]:
+        """(scale, parameters, their shares): many small calls would cost more than the numbers in them, so small
+        gradients lie side by side."""
+        small: dict[float, list[Any]] = defaultdict(list)
+        for scale, parameter in zip(self._scales, self._trained, strict=True):
+            shares = parameter.grad_sample
+            if parameter.numel() <= _SMALL and len(shares) == 1 and isinstance(shares[0], Written):
+                small[scale].append(parameter)
+            else:
+                yield scale, [parameter], shares
+        for scale, parameters in small.items():
+            gradients = [parameter.grad_sample[0].values.flatten(1) for parameter in parameters]
+            yield scale, parameters, [Written(torch.cat(gradients, dim=1))]
 
     @timed("noise")
     def add_noise(self) -> None:
         """`p.grad` = (clipped sum + Normal(0, (z C)^2 I)) / scale; noise is drawn on the CPU on every device."""
         std, lattice = self.noise_multiplier * self.max_grad_norm, self._lattice
-        for parameter, factor in zip(self._trained, self._scales, strict=True):
+        for parameter, factor, noise in zip(self._trained, self._scales, self._noise(std, lattice), strict=True):
             total: Tensor = parameter.summed_grad
+            parameter.grad = total.add_(noise.view_as(total).to(total)).div_(factor).to(parameter)
+
+    def _noise(self, std: float, lattice: Lattice | None) -> Iterator[Tensor]:
+        """For each parameter, flat; one draw for all small ones."""
+
+        def draw(count: int) -> Tensor:
             if lattice is None:
-                noise = torch.normal(0.0, std, parameter.shape, generator=self.generator)
-            else:
-                noise = lattice.sample(parameter.shape)
-            parameter.grad = total.add_(noise.to(total)).div_(factor).to(parameter)
+                return torch.normal(0.0, std, (count,), generator=self.generator)
+            return lattice.sample((count,))
+
+        sizes = [parameter.numel() for parameter in self._trained]
+        small = [size for size in sizes if size <= _SMALL]
+        of_small = iter(draw(sum(small)).split(small))
+        return (next(of_small) if size <= _SMALL else draw(size) for size in sizes)
 
 
-def _sum(parameter: Any, factors: Tensor, lattice: Lattice | None) -> Tensor:
-    """What was summed before, and the patients times their factors; only written-out gradients go on a lattice."""
-    before: Tensor | None = parameter.summed_grad
-    shares = parameter.grad_sample  # none where no gradient reaches
-    if not shares:
-        empty = torch.zeros_like(parameter, dtype=torch.float32 if lattice is None else torch.float64)
-        return empty.detach() if before is None else before
+def _sum(parameters: list[Any], shares: list[Any], factors: Tensor, lattice: Lattice | None) -> Tensor:
+    """Over patients, each times its factor, flat; only written-out gradients go on a lattice."""
+    if not shares:  # where no gradient reaches
+        exact = torch.float32 if lattice is None else torch.float64
+        return torch.cat([torch.zeros_like(parameter, dtype=exact).detach().flatten() for parameter in parameters])
     owners = factors.split([share.patients for share in shares])
     sums = (
         share.sum(own) if lattice is None else lattice.rounded(share.each(own)).sum(dim=0)
@@ -171,4 +193,4 @@ def _sum(parameter: Any, factors: Tensor, lattice: Lattice | None) -> Tensor:
     total = next(sums)
     for other in sums:
         total.add_(other)
-    return total if before is None else total.add_(before)
+    return total.flatten()

@@ -20,10 +20,12 @@ hooks would break the graph. Not measured on a GPU.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TypeGuard
 
 import torch
@@ -36,6 +38,7 @@ from common.tasks import PerImage
 
 _BLOCK = 64  # squares summed in float32, in eight lanes or more: a relative error below 4e-7 of the norm
 _TRAFFIC = 25  # multiplications in the time that writing, reading and adding up one number takes
+_FEW = 1_000  # numbers in a weight: to write them takes less time than the calls of measuring
 _MANY_POSITIONS, _SMALL_WEIGHT = 100, 20_000  # from or up to here a grouped convolution is ahead on a CPU
 
 Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
@@ -134,9 +137,14 @@ class Measured:
     """The same for a layer's weight, by norm alone."""
 
     layer: Layer
-    rows: Tensor  # float32 (patients * each, ...): the layer's input
-    gradients: Tensor  # float32: the loss's gradient at its output
-    patients: int
+    rows: Tensor  # float32 (n, ...): the layer's input
+    gradients: Tensor  # float32 (n, ...): the loss's gradient at its output
+    owner: Tensor  # int64 (n,): the patient of each row, from 0
+    blocks: tuple[Block, ...]
+
+    @property
+    def patients(self) -> int:
+        return sum(block.patients for block in self.blocks)
 
     def squares(self) -> Tensor:
         """Squared norms, float64 (patients,) on the CPU.
@@ -146,21 +154,22 @@ class Measured:
         as if it were gradient. What the patient does to the rounding of others' terms is nobody's share; where that
         matters, noise is discrete, and every gradient written out.
         """
-        left, right = (_joined(c.double(), self.patients) for c in _columns(self.layer, self.rows, self.gradients))
-        left, right = left.mT @ left, right.mT @ right  # (patients, T, T)
+        return torch.cat([self._squares(block) for block in self.blocks])
+
+    def _squares(self, block: Block) -> Tensor:
+        left, right = _products(self.layer, *block.of(self.rows, self.gradients), block.patients)
         squares = (left * right).sum(dim=(1, 2)).clamp(min=0.0)
-        lengths = (left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)).sqrt().sum(dim=1)
+        lengths = (left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)).clamp(min=0.0).sqrt().sum(dim=1)
         rounded = (left.shape[1] + 2) * _rounding(self.rows.dtype) * lengths
         return (squares.sqrt() + rounded).square().cpu()
 
     def sum(self, factors: Tensor) -> Tensor:
         """As `Written.sum`."""
-        of_row = factors.repeat_interleave(len(self.rows) // self.patients).to(self.rows)
-        known = of_row > 0
-        rows, gradients = (
-            torch.where(_by_row(known, x), x, torch.zeros_like(x)) if not bool(known.all()) else x
-            for x in (self.rows, self.gradients)
-        )
+        of_row = factors[self.owner].to(self.rows)
+        rows, gradients = self.rows, self.gradients
+        if not bool((factors > 0).all()):
+            known = of_row > 0
+            rows, gradients = (torch.where(_by_row(known, x), x, torch.zeros_like(x)) for x in (rows, gradients))
         return _weight_gradient(self.layer, rows, gradients * _by_row(of_row, gradients))
 
 
@@ -266,8 +275,7 @@ class _Kept:
             self._add_rows(own, {"bias": _over_places(gradient if _is_image(module) else gradient.movedim(-1, 1))})
             if "weight" in own:
                 once = self.uses[own["weight"]] == 1 and not self.written
-                blocks = self.groups.blocks
-                self._add(own["weight"], [_share(module, *b.of(rows, gradient), b.patients, once) for b in blocks])
+                self._add(own["weight"], _shares(module, rows, gradient, self.groups, may_measure=once))
         else:
             self._add_rows(own, _by_transform(module, own, inputs, gradient))
 
@@ -335,35 +343,134 @@ def _by_transform(
     return found
 
 
-def _share(layer: Layer, rows: Tensor, gradients: Tensor, patients: int, may_measure: bool) -> Share:
-    """Of a block's rows, whichever is less work."""
+def _shares(layer: Layer, rows: Tensor, gradients: Tensor, groups: Grouping, *, may_measure: bool) -> list[Share]:
+    """Block by block whichever is less work: patients with few rows, who come first, are measured, all at once."""
+    measured = tuple(b for b in groups.blocks if may_measure and _measuring_pays(layer, rows, gradients, b.each))
+    written = groups.blocks[len(measured) :]
+    shares: list[Share] = [_written(layer, *b.of(rows, gradients), b.patients) for b in written]
+    if not measured:
+        return shares
+    some = slice(0, written[0].start if written else len(rows))
+    return [Measured(layer, rows[some], gradients[some], groups.owner[some], measured), *shares]
+
+
+def _measuring_pays(layer: Layer, rows: Tensor, gradients: Tensor, each: int) -> bool:
+    """Of patients with so many rows each."""
+    numbers = layer.weight.numel()
+    return numbers > _FEW and _measuring(layer, rows, gradients, each)[0] < _TRAFFIC * numbers
+
+
+def _measuring(layer: Layer, rows: Tensor, gradients: Tensor, each: int) -> tuple[float, bool]:
+    """Of a patient with so many rows: the time that it takes, in that of multiplications, and whether B'B is found
+    sooner from products of pixels than from patches."""
     left, right = layer.weight.shape[0], layer.weight[0].numel()
-    positions = _positions(layer, rows, gradients) * len(rows) // patients
-    measuring = 2 * positions**2 * (left + right)
-    if may_measure and measuring < _TRAFFIC * left * right:
-        return Measured(layer, rows, gradients, patients)
-    crowd = positions >= _MANY_POSITIONS or left * right <= _SMALL_WEIGHT
+    if not _is_image(layer):
+        return (each * gradients.shape[1:-1].numel()) ** 2 * (left + right), False
+    narrow, wide = _narrow_and_wide(layer, rows, gradients)
+    positions, pixels = each * narrow.shape[2:].numel(), each * wide.shape[2:].numel()
+    patched = right * positions * (positions + _TRAFFIC)
+    kernel = math.prod(layer.kernel_size)
+    by_pixels = pixels**2 * (right // kernel + _TRAFFIC)
+    return positions**2 * left + min(patched, by_pixels), by_pixels < patched
+
+
+def _written(layer: Layer, rows: Tensor, gradients: Tensor, patients: int) -> Written:
+    """A block's."""
+    positions = len(rows) // patients * _positions(layer, rows, gradients)
+    crowd = positions >= _MANY_POSITIONS or layer.weight.numel() <= _SMALL_WEIGHT
     if not isinstance(layer, nn.Linear) and rows.device.type == "cpu" and crowd:
         return Written(_by_grouped_convolution(layer, rows, gradients, patients))
-    columns = (_joined(column, patients) for column in _columns(layer, rows, gradients))
-    a, b = columns
+    a, b = _columns(layer, rows, gradients, patients)
     return Written((a @ b.mT).reshape(patients, *layer.weight.shape))
 
 
 def _positions(layer: Layer, rows: Tensor, gradients: Tensor) -> int:
     """Of one row."""
-    narrow = rows if isinstance(layer, nn.ConvTranspose2d) else gradients
-    places: torch.Size = narrow.shape[2:] if _is_image(layer) else narrow.shape[1:-1]
-    return places.numel()
+    if not _is_image(layer):
+        return gradients.shape[1:-1].numel()
+    return _narrow_and_wide(layer, rows, gradients)[0].shape[2:].numel()
 
 
-def _columns(layer: Layer, rows: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """A (n, I, T) and B (n, J, T): a row's gradient is A B', I x J being the weight's shape."""
+def _products(layer: Layer, rows: Tensor, gradients: Tensor, patients: int) -> tuple[Tensor, Tensor]:
+    """A'A and B'B of each patient, float64 (patients, T, T)."""
+    rows, gradients = rows.double(), gradients.double()
+    if _is_image(layer) and _measuring(layer, rows, gradients, len(rows) // patients)[1]:
+        narrow, wide = _narrow_and_wide(layer, rows, gradients)
+        return _with_itself(_joined(narrow, patients)), _products_of_patches(layer, narrow, wide, patients)
+    a, b = _columns(layer, rows, gradients, patients)
+    return _with_itself(a), _with_itself(b)
+
+
+def _products_of_patches(layer: nn.Conv2d | nn.ConvTranspose2d, narrow: Tensor, wide: Tensor, patients: int) -> Tensor:
+    """B'B as products of pixels, summed over the kernel's places: patches overlap, and hold each pixel often."""
+    positions, of_rows = _Windows.of(layer, narrow), (len(wide) // patients, *wide.shape[2:])
+    pixels = _with_itself(_joined(wide, patients)).reshape(patients, *of_rows, *of_rows)
+    above, beside = positions.padding
+    pixels = functional.pad(pixels, [beside, beside, above, above, 0, 0, beside, beside, above, above])
+    first, *others = (pixels[:, :, y, x, :, y, x] for y, x in positions.under_each_place())
+    total = first.clone()
+    for other in others:
+        total += other
+    return total.flatten(4).flatten(1, 3)
+
+
+def _with_itself(columns: Tensor) -> Tensor:
+    """(patients, I, T) -> (patients, T, T)."""
+    return columns.mT @ columns
+
+
+def _columns(layer: Layer, rows: Tensor, gradients: Tensor, patients: int) -> tuple[Tensor, Tensor]:
+    """A (patients, I, T) and B (patients, J, T): a patient's gradient is A B', I x J being the weight's shape."""
     if isinstance(layer, nn.Linear):
-        return tuple(x.reshape(len(x), -1, x.shape[-1]).mT for x in (gradients, rows))  # type: ignore[return-value]
-    narrow, wide = (rows, gradients) if isinstance(layer, nn.ConvTranspose2d) else (gradients, rows)
-    patches = functional.unfold(wide, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
-    return narrow.flatten(2), patches
+        return tuple(x.reshape(patients, -1, x.shape[-1]).mT for x in (gradients, rows))  # type: ignore[return-value]
+    narrow, wide = _narrow_and_wide(layer, rows, gradients)
+    positions, each = _Windows.of(layer, narrow), len(wide) // patients
+    above, beside = positions.padding
+    wide = functional.pad(wide, [beside, beside, above, above])
+    n, c, *pixel = wide.stride()
+    patches = wide.as_strided(
+        (patients, wide.shape[1], *positions.kernel, each, *positions.places),
+        (each * n, c, *positions.inside(pixel), n, *positions.apart(pixel)),
+    )
+    return _joined(narrow, patients), patches.reshape(patients, layer.weight[0].numel(), -1)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Where a convolution's kernel comes to lie on the padded image, down and aside."""
+
+    kernel: tuple[int, ...]
+    places: tuple[int, ...]
+    padding: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d | nn.ConvTranspose2d, narrow: Tensor) -> _Windows:
+        padding = tuple(map(int, layer.padding))
+        return cls(layer.kernel_size, tuple(narrow.shape[2:]), padding, layer.stride, layer.dilation)
+
+    def apart(self, pixel: Sequence[int]) -> tuple[int, ...]:
+        """Strides from place to place, of those from pixel to pixel."""
+        return tuple(step * size for step, size in zip(self.stride, pixel, strict=True))
+
+    def inside(self, pixel: Sequence[int]) -> tuple[int, ...]:
+        """The same inside the kernel."""
+        return tuple(step * size for step, size in zip(self.dilation, pixel, strict=True))
+
+    def under_each_place(self) -> Iterator[tuple[slice, ...]]:
+        """For each place in the kernel the pixels that come to lie under it."""
+        for place in product(*map(range, self.kernel)):
+            starts = [step * number for step, number in zip(self.dilation, place, strict=True)]
+            yield tuple(
+                slice(start, start + (count - 1) * step + 1, step)
+                for start, count, step in zip(starts, self.places, self.stride, strict=True)
+            )
+
+
+def _narrow_and_wide(layer: nn.Module, rows: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """The image whose pixels are positions, and the one whose patches belong to them."""
+    return (rows, gradients) if isinstance(layer, nn.ConvTranspose2d) else (gradients, rows)
 
 
 def _rounding(dtype: torch.dtype) -> float:
@@ -371,11 +478,9 @@ def _rounding(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def _joined(columns: Tensor, patients: int) -> Tensor:
-    """(n, I, T) -> (patients, I, rows of each * T)."""
-    if patients == len(columns):
-        return columns
-    joined: Tensor = columns.unflatten(0, (patients, -1)).transpose(1, 2).flatten(2)
+def _joined(images: Tensor, patients: int) -> Tensor:
+    """(n, C, H, W) -> (patients, C, rows of each * H * W)."""
+    joined: Tensor = images.flatten(2).unflatten(0, (patients, -1)).transpose(1, 2).flatten(2)
     return joined
 
 

@@ -53,7 +53,15 @@ NETWORKS = {
     "unet": ("unet", "segmentation", 8, "all", 0),
 }
 MONAI = pytest.mark.skipif(find_spec("monai") is None, reason="MONAI is not installed: no U-Net")
-WAYS_TO_IT = ["chosen", "written", "measured", "products", "one backward per patient", "chunks of two"]
+WAYS_TO_IT = [
+    "chosen",
+    "written",
+    "products",
+    "measured by pixels",
+    "measured by patches",
+    "one backward per patient",
+    "chunks of two",
+]
 
 
 def network(name: str) -> tuple[Network, dict[str, nn.Parameter]]:
@@ -91,10 +99,11 @@ def rows(name: str, images: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 def way(name: str) -> Iterator[None]:
     """Nothing but this way to the gradients of layers' weights."""
     with pytest.MonkeyPatch.context() as patch:
-        if name == "measured":
-            patch.setattr(client.patient_gradients, "_TRAFFIC", 1e9)
+        if name in ("measured by pixels", "measured by patches"):
+            patch.setattr(client.patient_gradients, "_measuring", lambda *_: (0, name.endswith("pixels")))
+            patch.setattr(client.patient_gradients, "_FEW", 0)
         elif name in ("written", "products"):
-            patch.setattr(client.patient_gradients, "_TRAFFIC", -1)
+            patch.setattr(client.patient_gradients, "_FEW", math.inf)
         if name == "products":
             patch.setattr(client.patient_gradients, "_MANY_POSITIONS", 1e9)
             patch.setattr(client.patient_gradients, "_SMALL_WEIGHT", -1)
@@ -199,7 +208,7 @@ def test_a_grouping_holds_each_row_once_with_its_patient(owners: list[int]) -> N
             first += 1
 
 
-@pytest.mark.parametrize("way_to_it", ["written", "measured", "one backward per patient"])
+@pytest.mark.parametrize("way_to_it", ["written", "measured by patches", "one backward per patient"])
 def test_a_patient_who_is_not_finite_leaves_no_trace(way_to_it: str) -> None:
     net, trained = network("conv4")
     inputs, targets, owner = rows("conv4", LAYOUTS["ragged"])
@@ -227,7 +236,8 @@ def sums_are_within_their_norms(seed: int, positions: int, *, cancelling: bool) 
     if cancelling:
         inputs[:] = inputs[:, :1]
         gradients[:, -1] = -gradients[:, :-1].sum(dim=1)
-    measured = Measured(layer, inputs, gradients, 4)
+    groups = grouping(torch.arange(4))
+    measured = Measured(layer, inputs, gradients, groups.owner, groups.blocks)
     factors = 0.3 + 0.7 * torch.rand(4, dtype=torch.float64, generator=rng)
     alone = torch.stack([measured.sum(factors * one).double().norm() for one in torch.eye(4)])
     return bool((alone <= factors * measured.squares().sqrt()).all())

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from client.data.dataset import SiteData
 from client.grant import Grant
-from client.patient_gradients import Written, grouping, patient_gradients
+from client.patient_gradients import Written, patient_gradients
 from client.private_data import Mechanism, Patients, PrivateDataset
 from common.command_line import run
 from common.models import MeanOverImage, Network, build_model, parameters, part_names
@@ -182,9 +182,8 @@ class Bench:
             )
             for parameter, parts in shares.items():
                 if parameter.dim() > 1:
-                    blocks = grouping(owner).blocks
-                    for part_of, block in zip(parts, blocks, strict=False):
-                        count["written" if isinstance(part_of, Written) else "measured"] += block.patients
+                    for share in parts:
+                        count["written" if isinstance(share, Written) else "measured"] += share.patients
         whole = count.total()
         return ", ".join(f"{100 * number / whole:.0f} % {way}" for way, number in count.most_common())
 
