@@ -171,6 +171,7 @@ def test_every_way_leads_to_the_same_clipped_sum(name: str, layout: str) -> None
         assert got.keys() == trained.keys()
         assert difference(got, want) < 1e-6, way_to_it
     assert all(parameter.requires_grad and parameter.grad is None for parameter in trained.values())
+    assert all(parameter.is_contiguous() for parameter in net.parameters())
     assert not any(module._forward_hooks for module in net.modules())
 
 
