@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 import client.patient_gradients
 import client.private_data
@@ -225,6 +226,40 @@ def test_squares_are_those_of_float64() -> None:
     values = torch.randn(3, 7, 1001, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 1001)
     want = values.double().flatten(1).square().sum(dim=1)
     assert torch.allclose(Written(values).squares(), want, rtol=8e-7, atol=0.0)
+
+
+@given(
+    transposed=st.booleans(),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+)
+@settings(deadline=None)
+def test_patches_are_those_of_unfold_and_products_of_pixels_theirs(
+    transposed: bool,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> None:
+    make, rng = nn.ConvTranspose2d if transposed else nn.Conv2d, torch.Generator().manual_seed(0)
+    layer: Any = make(2, 3, kernel, stride, padding, dilation=dilation)
+    inputs = torch.randn(6, 2, 7, 6, generator=rng)
+    gradients = torch.randn(layer(inputs).shape, generator=rng)
+    narrow, wide = (inputs, gradients) if transposed else (gradients, inputs)
+    patches = functional.unfold(wide, kernel, dilation, padding, stride)
+    a, b = (x.unflatten(0, (3, 2)).transpose(1, 2).flatten(2) for x in (narrow.flatten(2), patches))
+    of_site = client.patient_gradients
+    left, right = of_site._columns(layer, inputs, gradients, 3)
+    assert torch.equal(left, a)
+    assert torch.equal(right, b)
+    for pixels in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(of_site, "_measuring", lambda *_, pixels=pixels: (0, pixels))
+            left, right = of_site._products(layer, inputs, gradients, 3)
+        assert torch.allclose(left, a.mT.double() @ a.double())
+        assert torch.allclose(right, b.mT.double() @ b.double())
 
 
 def sums_are_within_their_norms(seed: int, positions: int, *, cancelling: bool) -> bool:
