@@ -29,8 +29,7 @@ from client.patient_gradients import Grouping, Share, Shares, Written
 from common.timing import timed
 
 _MARGIN = 1e-6  # relative; keeps a clipped float32 gradient at or below C
-_SMALL = 10_000  # numbers of a parameter
-
+_SMALL = 10_000  # numbers of a parameter up to which it is worked on together with others
 _MERSENNE_WORDS = 624
 
 

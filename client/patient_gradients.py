@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import product, takewhile
 from typing import TypeGuard
 
 import torch
@@ -357,7 +357,9 @@ def _by_transform(
 
 def _shares(layer: Layer, rows: Tensor, gradients: Tensor, groups: Grouping, *, may_measure: bool) -> list[Share]:
     """Block by block whichever is less work: patients with few rows, who come first, are measured, all at once."""
-    measured = tuple(b for b in groups.blocks if may_measure and _measuring_pays(layer, rows, gradients, b.each))
+    measured = tuple(
+        takewhile(lambda b: may_measure and _measuring_pays(layer, rows, gradients, b.each), groups.blocks)
+    )
     written = groups.blocks[len(measured) :]
     shares: list[Share] = [_written(layer, *b.of(rows, gradients), b.patients) for b in written]
     if not measured:
