@@ -4,9 +4,9 @@
 
 measures one training step of 64 images: drawing those who joined, reading them as inputs, forward, backward, clipping,
 noise and the step, for Conv-4, ResNet-18 (GroupNorm) and U-Net. All rows of a network are measured in turn, `--repeats`
-times over, after one round that does not count; the first line of the output names the machine. Functorch mode and one
-patient after the other take too long with ResNet-18 and are left out there. `--device cuda` is for a GPU: not measured
-on one.
+times over, each after a step of its own that does not count, for the row before left the memory as it needed it. The
+first line of the output names the machine. Functorch mode and one patient after the other take too long with ResNet-18
+and are left out there. `--device cuda` is for a GPU: not measured on one.
 """
 
 from __future__ import annotations
@@ -251,7 +251,10 @@ def rows_of(bench: Bench) -> list[Row]:
 
 
 def measure(row: Row, device: str) -> None:
-    """Seconds of one step."""
+    """Seconds of one step, the second of two."""
+    row.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
     started = time.perf_counter()
     row.step()
     if device == "cuda":
@@ -301,8 +304,6 @@ def main(
         if only.lower() not in name.lower():
             continue
         rows = rows_of(Bench(network_of(model, side, kind), side, kind, device, chunk))
-        for row in rows:
-            row.step()
         for _ in range(repeats):
             for row in rows:
                 measure(row, device)
