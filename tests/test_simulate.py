@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,14 +136,9 @@ def test_kill_at_random_moments_and_resume(plan: Path, tmp_path: Path) -> None:
     """Same number of rounds; what was spent is never forgotten; no round is charged twice."""
     run, rng, before = tmp_path / "run", random.Random(7), {}
     for _ in range(2):
-        process = subprocess.Popen(
-            command("simulate", plan, "--out", run, "--resume"), env=environment(), stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        wait_for(lambda: len(list(run.rglob("round-*.safetensors"))) > 1, seconds=120, process=process)
-        time.sleep(rng.uniform(0, 1.5))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        with started(command("simulate", plan, "--out", run, "--resume"), stdout=subprocess.DEVNULL) as process:
+            wait_for(lambda: len(list(run.glob("federations/*/*/round-*"))) > 1, seconds=120, process=process)
+            time.sleep(rng.uniform(0, 1.5))
         spent = {name: ledger.spent() for name, ledger in ledgers(run).items()}
         assert all(spent[name] >= epsilon for name, epsilon in before.items())
         before = spent
@@ -163,16 +159,28 @@ def test_ctrl_c_ends_without_a_traceback_and_the_same_command_goes_on(plan: Path
     run = tmp_path / "run"
     again = command("simulate", plan, "--out", run, "--jobs", 2, "--resume")
     for file in ("federations/all/meta/round-0002.safetensors", "trials/all/*/*.json"):  # in rounds, in evaluations
-        process = subprocess.Popen(
-            again, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-        wait_for(lambda file=file: any(run.glob(file)), seconds=120, process=process)  # type: ignore[misc]
-        os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to every process of the command
-        errors = process.communicate(timeout=60)[1]
+        with started(again, stdout=subprocess.PIPE) as process:
+            wait_for(lambda file=file: any(run.glob(file)), seconds=120, process=process)  # type: ignore[misc]
+            os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to every process of the command
+            errors = process.communicate(timeout=60)[1]
         assert process.returncode == 130, errors
         assert "Traceback" not in errors
     done = subprocess.run(again, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+
+
+@contextmanager
+def started(words: list[str], *, stdout: int) -> Iterator[subprocess.Popen[str]]:
+    """A process, killed at the end if it is still there."""
+    process = subprocess.Popen(
+        words, env=environment(), stderr=stdout, stdout=stdout, text=True, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def wait_for(condition, *, seconds: float, process) -> None:  # type: ignore[no-untyped-def]
