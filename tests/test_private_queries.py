@@ -113,6 +113,15 @@ def test_a_head_scale_shares_the_clip_and_keeps_the_guarantee() -> None:
         assert low < float((noise[part].double() / size).square().sum()) < high
 
 
+def test_a_head_scale_changes_nothing_where_nothing_is_clipped() -> None:
+    net, params = network("film")
+    data = site([1, 4, 2])
+    got = dataset(data, net, noise_multiplier=1e-15, clip=1e6, head_scale=0.1).gradient(params)
+    want = reference(data, net, params, clip=1e6, batch=BATCH)
+    for name in params:
+        assert norm({name: got[name] - want[name]}) < 1e-4 * norm({name: want[name]}) + 1e-7, name
+
+
 def test_unprotected_gradient_is_the_mean_over_the_patients_who_joined() -> None:
     net, params = network()
     data = site([1, 4, 2])
