@@ -183,7 +183,7 @@ def _sum(parameters: list[Any], shares: list[Any], factors: Tensor, lattice: Lat
     """Over patients, each times its factor, flat; only written-out gradients go on a lattice."""
     if not shares:  # where no gradient reaches
         exact = torch.float32 if lattice is None else torch.float64
-        return torch.cat([torch.zeros_like(parameter, dtype=exact).detach().flatten() for parameter in parameters])
+        return torch.cat([torch.zeros_like(parameter, dtype=exact).flatten() for parameter in parameters])
     owners = factors.split([share.patients for share in shares])
     sums = (
         share.sum(own) if lattice is None else lattice.rounded(share.each(own)).sum(dim=0)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import product, takewhile
 from typing import TypeGuard
@@ -159,7 +159,7 @@ class Measured:
     def _squares(self, block: Block) -> Tensor:
         left, right = _products(self.layer, *block.of(self.rows, self.gradients), block.patients)
         squares = (left * right).sum(dim=(1, 2)).clamp(min=0.0)
-        lengths = (left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)).clamp(min=0.0).sqrt().sum(dim=1)
+        lengths = (left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)).sqrt().sum(dim=1)
         rounded = (left.shape[1] + 2) * _rounding(self.rows.dtype) * lengths
         return (squares.sqrt() + rounded).square().cpu()
 
@@ -200,8 +200,8 @@ def patient_gradients(
     if groups.patients == 1:
         return groups, _of_one_patient(forward, trained, loss, inputs, targets, at_once)
     inputs, targets = inputs[groups.order], targets[groups.order]
-    images = torch.contiguous_format if any(p.dim() == 4 for p in trained) else torch.channels_last
-    with _frozen(trained), _laid_out(network, images), _kept_layers(network, trained, groups, written) as kept:
+    layout = nullcontext() if any(p.dim() == 4 for p in trained) else _channels_last(network)
+    with _frozen(trained), layout, _kept_layers(network, trained, groups, written) as kept:
         losses = loss(forward(inputs), targets)
         kept.hooked_off()
         total = (losses / groups.rows[groups.owner].to(losses)).sum()
@@ -239,10 +239,10 @@ def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _laid_out(network: nn.Module, images: torch.memory_format) -> Iterator[None]:
-    """Convolutions take and give images in this format, as their weights are. In channels_last GroupNorm's backward
-    pass (torch 2.13, CPU) is a segmentation fault if no gradient of its input is asked for: here one always is."""
-    network.to(memory_format=images)  # type: ignore[call-overload]
+def _channels_last(network: nn.Module) -> Iterator[None]:
+    """Convolutions give images in this format, as their weights are. GroupNorm's backward pass (torch 2.13, CPU) is
+    then a segmentation fault if no gradient of its input is asked for: here one always is."""
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
         yield
     finally:
@@ -378,10 +378,10 @@ def _measuring(layer: Layer, rows: Tensor, gradients: Tensor, each: int) -> tupl
     """Of a patient with so many rows: the time that it takes, in that of multiplications, and whether B'B is found
     sooner from products of pixels than from patches."""
     left, right = layer.weight.shape[0], layer.weight[0].numel()
+    positions = each * _positions(layer, rows, gradients)
     if not _is_image(layer):
-        return (each * gradients.shape[1:-1].numel()) ** 2 * (left + right), False
-    narrow, wide = _narrow_and_wide(layer, rows, gradients)
-    positions, pixels = each * narrow.shape[2:].numel(), each * wide.shape[2:].numel()
+        return positions**2 * (left + right), False
+    pixels = each * _narrow_and_wide(layer, rows, gradients)[1].shape[2:].numel()
     patched = right * positions * (positions + _TRAFFIC)
     kernel = math.prod(layer.kernel_size)
     by_pixels = pixels**2 * (right // kernel + _TRAFFIC)
@@ -417,11 +417,11 @@ def _products(layer: Layer, rows: Tensor, gradients: Tensor, patients: int) -> t
 
 def _products_of_patches(layer: nn.Conv2d | nn.ConvTranspose2d, narrow: Tensor, wide: Tensor, patients: int) -> Tensor:
     """B'B as products of pixels, summed over the kernel's places: patches overlap, and hold each pixel often."""
-    positions, of_rows = _Windows.of(layer, narrow), (len(wide) // patients, *wide.shape[2:])
+    of_rows = (len(wide) // patients, *wide.shape[2:])
     pixels = _with_itself(_joined(wide, patients)).reshape(patients, *of_rows, *of_rows)
-    above, beside = positions.padding
+    above, beside = map(int, layer.padding)
     pixels = functional.pad(pixels, [beside, beside, above, above, 0, 0, beside, beside, above, above])
-    first, *others = (pixels[:, :, y, x, :, y, x] for y, x in positions.under_each_place())
+    first, *others = (pixels[:, :, y, x, :, y, x] for y, x in _under_each_place(layer, narrow))
     total = first.clone()
     for other in others:
         total += other
@@ -438,48 +438,26 @@ def _columns(layer: Layer, rows: Tensor, gradients: Tensor, patients: int) -> tu
     if isinstance(layer, nn.Linear):
         return tuple(x.reshape(patients, -1, x.shape[-1]).mT for x in (gradients, rows))  # type: ignore[return-value]
     narrow, wide = _narrow_and_wide(layer, rows, gradients)
-    positions, each = _Windows.of(layer, narrow), len(wide) // patients
-    above, beside = positions.padding
+    above, beside = map(int, layer.padding)
     wide = functional.pad(wide, [beside, beside, above, above])
     n, c, *pixel = wide.stride()
+    inside = [step * size for step, size in zip(layer.dilation, pixel, strict=True)]
+    apart = [step * size for step, size in zip(layer.stride, pixel, strict=True)]
+    each, places = len(wide) // patients, narrow.shape[2:]
     patches = wide.as_strided(
-        (patients, wide.shape[1], *positions.kernel, each, *positions.places),
-        (each * n, c, *positions.inside(pixel), n, *positions.apart(pixel)),
+        (patients, wide.shape[1], *layer.kernel_size, each, *places), (each * n, c, *inside, n, *apart)
     )
-    return _joined(narrow, patients), patches.reshape(patients, layer.weight[0].numel(), -1)
+    return _joined(narrow, patients), patches.flatten(4).flatten(1, 3)
 
 
-@dataclass(frozen=True)
-class _Windows:
-    """Where a convolution's kernel comes to lie on the padded image, down and aside."""
-
-    kernel: tuple[int, ...]
-    places: tuple[int, ...]
-    padding: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-
-    @classmethod
-    def of(cls, layer: nn.Conv2d | nn.ConvTranspose2d, narrow: Tensor) -> _Windows:
-        padding = tuple(map(int, layer.padding))
-        return cls(layer.kernel_size, tuple(narrow.shape[2:]), padding, layer.stride, layer.dilation)
-
-    def apart(self, pixel: Sequence[int]) -> tuple[int, ...]:
-        """Strides from place to place, of those from pixel to pixel."""
-        return tuple(step * size for step, size in zip(self.stride, pixel, strict=True))
-
-    def inside(self, pixel: Sequence[int]) -> tuple[int, ...]:
-        """The same inside the kernel."""
-        return tuple(step * size for step, size in zip(self.dilation, pixel, strict=True))
-
-    def under_each_place(self) -> Iterator[tuple[slice, ...]]:
-        """For each place in the kernel the pixels that come to lie under it."""
-        for place in product(*map(range, self.kernel)):
-            starts = [step * number for step, number in zip(self.dilation, place, strict=True)]
-            yield tuple(
-                slice(start, start + (count - 1) * step + 1, step)
-                for start, count, step in zip(starts, self.places, self.stride, strict=True)
-            )
+def _under_each_place(layer: nn.Conv2d | nn.ConvTranspose2d, narrow: Tensor) -> Iterator[tuple[slice, ...]]:
+    """For each place in the kernel the pixels of the padded image that come to lie under it, down and aside."""
+    for place in product(*map(range, layer.kernel_size)):
+        starts = [step * number for step, number in zip(layer.dilation, place, strict=True)]
+        yield tuple(
+            slice(start, start + (count - 1) * step + 1, step)
+            for start, count, step in zip(starts, narrow.shape[2:], layer.stride, strict=True)
+        )
 
 
 def _narrow_and_wide(layer: nn.Module, rows: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:

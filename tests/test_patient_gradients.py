@@ -176,6 +176,17 @@ def test_every_way_leads_to_the_same_clipped_sum(name: str, layout: str) -> None
     assert not any(module._forward_hooks for module in net.modules())
 
 
+@pytest.mark.parametrize(("name", "last"), [("conv4-film", True), ("conv4", False)])
+def test_images_are_in_channels_last_where_no_convolution_is_trained(name: str, last: bool) -> None:
+    net, trained = network(name)
+    seen = []
+    hook = net.body[4].register_forward_hook(lambda *of: seen.append(of[2]))
+    clipped_sum("chosen", net, trained, rows(name, LAYOUTS["ragged"]))
+    hook.remove()
+    assert all(maps.is_contiguous(memory_format=torch.channels_last) == last for maps in seen)
+    assert seen
+
+
 def test_the_way_is_chosen_by_the_data() -> None:
     """Layers with few positions are measured where patients have few images; on a lattice all is written out."""
     net, trained = network("conv4")

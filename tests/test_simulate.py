@@ -137,8 +137,11 @@ def test_kill_at_random_moments_and_resume(plan: Path, tmp_path: Path) -> None:
     run, rng, before = tmp_path / "run", random.Random(7), {}
     for _ in range(2):
         with started(command("simulate", plan, "--out", run, "--resume"), stdout=subprocess.DEVNULL) as process:
-            wait_for(lambda: len(list(run.glob("federations/*/*/round-*"))) > 1, seconds=120, process=process)
+            wait_for(
+                lambda: len(list(run.glob("federations/*/*/round-*.safetensors"))) > 1, seconds=120, process=process
+            )
             time.sleep(rng.uniform(0, 1.5))
+            os.kill(process.pid, signal.SIGKILL)
         spent = {name: ledger.spent() for name, ledger in ledgers(run).items()}
         assert all(spent[name] >= epsilon for name, epsilon in before.items())
         before = spent

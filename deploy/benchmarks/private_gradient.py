@@ -252,13 +252,11 @@ def rows_of(bench: Bench) -> list[Row]:
 
 def measure(row: Row, device: str) -> None:
     """Seconds of one step, the second of two."""
-    row.step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    row.step()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    for _ in range(2):
+        started = time.perf_counter()
+        row.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
     row.seconds.append(time.perf_counter() - started)
 
 
